@@ -1,0 +1,183 @@
+"""Checkpoint files that describe themselves: weights, the model's name and options, classes, normalisation, flags.
+
+A file holds plain Python types and tensors only and is read with ``weights_only=True``, so that opening a
+stranger's file never executes code.
+"""
+import csv
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from datasets.classes import ClassSet
+from model import build_model
+from runtime import UserError, atomic_path, rng_state, set_rng_state
+
+FORMAT = 1
+# A resumed run restores its schedule and momentum, so flags that contradict them are refused, not ignored.
+FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
+               "warmup_steps", "batch_size", "grad_accum", "crop_size", "image_size", "scale", "class_weights", "loss",
+               "label_smoothing", "ema", "seed")
+TRAINING_KEYS = ("epoch", "best_miou", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict",
+                 "scaler_state_dict", "rng_state", "history")
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write ``state`` and the format number, whole or not at all. Raises UserError if the disk refuses."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"format": FORMAT, **state}, temporary)
+        except RuntimeError as error:  # torch's file writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError for a missing, broken, foreign or unsafe file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file; train one with train.py or name another with --checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn or foreign file raises nearly anything in the unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(f"{path}: not a readable checkpoint: truncated, or not written by "
+                        f"train.py ({reason})") from None
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not {"model", "classes", "normalize"} <= config.keys() \
+            or not isinstance(state.get("model_state_dict"), dict):
+        raise UserError(f"{path}: not a checkpoint of this program (no model_state_dict or config)")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}; update it")
+    return state
+
+
+def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
+    """The newest ``*_best.pth`` of a folder. Raises UserError if there is none."""
+    found = sorted(folder.glob("*_best.pth"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{folder}: no *_best.pth in it; train a model with train.py, or name one with --checkpoint")
+    return found[-1]
+
+
+def load_training_state(path: Path) -> dict:
+    """`load_checkpoint` for a resume. Raises UserError also for a released file, which cannot be resumed."""
+    state = load_checkpoint(path)
+    missing = [key for key in TRAINING_KEYS if key not in state]
+    if missing:
+        raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; use --init_from for its weights")
+    return state
+
+
+def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
+    """The trained network (its averaged weights where there are some), its classes and the checkpoint's config.
+
+    Raises UserError where the weights do not fit the described model or are not finite.
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    weights = state.get("ema_state_dict") or state["model_state_dict"]
+    try:
+        classes = ClassSet.from_dict(config["classes"])
+        model = build_model(config["model"]["name"], len(classes), **config["model"]["options"])
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit the model it describes ({reason})") from None
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+        raise UserError(f"{path}: its weights hold NaN or infinite values; use an earlier checkpoint")
+    return model.eval(), classes, config
+
+
+@dataclass
+class Run:
+    """Everything that a checkpoint holds and a resume restores."""
+
+    args: Namespace
+    classes: ClassSet
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    steps_per_epoch: int
+    normalize: dict
+    history: list[dict] = field(default_factory=list)
+    best_miou: float = -1.0
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+    def path(self, suffix: str) -> Path:
+        return self.args.checkpoint / f"{self.args.model}_{suffix}"
+
+    def state_dict(self) -> dict:
+        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
+        options = {} if self.args.width is None else {"width": self.args.width}
+        return {
+            "epoch": self.epoch,
+            "best_miou": self.best_miou,
+            "model_state_dict": self.model.state_dict(),
+            "ema_state_dict": self.ema.module.state_dict() if self.ema else None,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "rng_state": rng_state(),
+            "history": self.history,
+            "config": {
+                "model": {"name": self.args.model, "options": options},
+                "classes": self.classes.to_dict(),
+                "normalize": self.normalize,
+                "train": flags,
+            },
+        }
+
+    def restore(self, path: Path) -> None:
+        """Go on from a _last.pth. Raises UserError if it belongs to another model, class set or recipe."""
+        state = load_training_state(path)
+        check_same_recipe(path, state["config"], self.args, self.classes)
+        load_weights(self.model, state["model_state_dict"], path)
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self.scheduler.load_state_dict(state["scheduler_state_dict"])
+        self.scaler.load_state_dict(state["scaler_state_dict"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema_state_dict"])
+            self.ema.n_averaged.fill_(state["epoch"] * self.steps_per_epoch)
+        set_rng_state(state["rng_state"])
+        self.history, self.best_miou = state["history"], state["best_miou"]
+
+    def save(self, best: bool) -> None:
+        """The log first, then _last.pth: a run killed in between repeats the epoch and writes the same row."""
+        with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.history[0].keys())
+            writer.writeheader()
+            writer.writerows(self.history)
+        state = self.state_dict()
+        if best:
+            save_checkpoint(self.path("best.pth"), state)
+        save_checkpoint(self.path("last.pth"), state)
+
+
+def check_same_recipe(path: Path, config: dict, args: Namespace, classes: ClassSet) -> None:
+    """Raises UserError if a flag that a resume cannot change differs from the checkpoint's."""
+    if config["classes"] != classes.to_dict():
+        raise UserError(f"{path}: was trained on other classes ({', '.join(config['classes']['names'])})")
+    fixed = FIXED_FLAGS if args.scheduler in ("step", "none") else (*FIXED_FLAGS, "epochs")
+    changed = [f"--{key} {config['train'].get(key)}, now {getattr(args, key)}" for key in fixed
+               if config["train"].get(key) != getattr(args, key)]
+    if changed:
+        raise UserError(f"{path}: cannot be resumed with another recipe: it was trained with {'; '.join(changed)}; "
+                        f"give the old flags, or start anew with --init_from {path}")
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """``model.load_state_dict``. Raises UserError where names or shapes differ."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit this model ({reason})") from None

@@ -1,0 +1,160 @@
+"""Check a data folder before training: names, sizes, colours and every file's readability, all problems at once.
+
+    python -m datasets.check --data_root data/CamVid
+"""
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from datasets.camvid import (
+    LABEL_FORMATS,
+    Pair,
+    find_classes,
+    find_folders,
+    find_pairs,
+    open_image,
+    read_label,
+    read_photo,
+    resolve_label_format,
+)
+from datasets.classes import UNKNOWN, ClassSet
+from runtime import OneLineParser, UserError, run_command
+
+MAX_STRAY = 0.01  # of a mask's pixels may have an unknown colour; they count as void
+
+
+@dataclass
+class SplitReport:
+    """What one split holds. pixels: (256,) int64 label pixels by id, unknown ones at 255."""
+
+    split: str
+    pairs: int = 0
+    sizes: Counter = field(default_factory=Counter)  # (height, width) -> frames
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    stray: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto") -> SplitReport:
+    """Decode every file of a split. Raises UserError only where its folders are missing."""
+    report = SplitReport(split)
+    photo_dir, label_dir = find_folders(root, split)
+    pairs, report.problems = find_pairs(photo_dir, label_dir)
+    report.pairs = len(pairs)
+    label_format = resolve_label_format(label_format, label_dir)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases Python's lock
+        for pair, result in zip(pairs, pool.map(lambda pair: _check_pair(pair, classes, label_format), pairs)):
+            if isinstance(result, str):
+                report.problems.append(result)
+                continue
+            size, pixels = result
+            report.sizes[size] += 1
+            report.pixels += pixels
+            if pixels[UNKNOWN] and label_format == "rgb":
+                report.stray.append(f"{pair.label.name} ({pixels[UNKNOWN]})")
+    return report
+
+
+def _check_pair(pair: Pair, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray] | str:
+    """The size (H, W) and (256,) pixel counts of a pair, or its problem."""
+    try:
+        size = read_photo(pair.photo).shape[:2]
+        ids = read_label(pair.label, classes, label_format)
+    except UserError as error:
+        return str(error)
+    if ids.shape != size:
+        return (f"{pair.label}: is {ids.shape[1]}×{ids.shape[0]}, "
+                f"its photograph {pair.photo.name} is {size[1]}×{size[0]}")
+    pixels = np.bincount(ids.ravel(), minlength=256)
+    # 255 is the customary void of id masks; other unknown ids are as wrong as unknown colours.
+    unknown = ids == UNKNOWN
+    if label_format == "ids" and unknown.any():
+        unknown &= np.asarray(open_image(pair.label)) != UNKNOWN
+    if unknown.mean() > MAX_STRAY:
+        return _describe_unknown(pair.label, unknown, classes, label_format)
+    return size, pixels
+
+
+def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_format: str) -> str:
+    image = open_image(path)
+    values = np.asarray(image.convert("RGB") if label_format == "rgb" else image)[unknown]
+    found, counts = np.unique(values.reshape(len(values), -1), axis=0, return_counts=True)
+    top = np.argsort(-counts, kind="stable")[:4]
+    shown = ", ".join(f"{'(' + ','.join(map(str, found[i])) + ')' if label_format == 'rgb' else found[i][0]} × "
+                      f"{counts[i]:,}" for i in top)
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    hint = ""
+    if label_format == "rgb" and (found.max(1) == found.min(1)).all() and found.max() <= len(classes):
+        hint = "; these look like class ids: use --label_format ids"
+    kind = "colours" if label_format == "rgb" else "ids"
+    return f"{path}: {unknown.mean():.1%} of its pixels have {kind} outside the {len(classes)} classes: {shown}{more}{hint}"
+
+
+def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
+    """Reports by split. Raises UserError with every problem of all splits, one a line."""
+    reports = {split: check_split(root, split, classes, label_format) for split in splits}
+    problems = [problem for report in reports.values() for problem in report.problems]
+    if problems:
+        listed = problems[:50] + ([f"… and {len(problems) - 50} more"] if len(problems) > 50 else [])
+        raise UserError(f"{root}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(listed))
+    return reports
+
+
+def describe(report: SplitReport, classes: ClassSet) -> str:
+    """Counts, sizes, stray pixels and the pixel share of each class, as text."""
+    sizes = ", ".join(f"{width}×{height} ({count})" for (height, width), count in report.sizes.most_common(4))
+    lines = [f"{report.split}: {report.pairs} pairs, {sizes}{' …' if len(report.sizes) > 4 else ''}"]
+    total = max(1, report.pixels.sum())
+    for i, name in enumerate(classes.names):
+        ignored = "  (ignored)" if i == classes.ignore_index else ""
+        lines.append(f"  {i:>3} {name:<20} {report.pixels[i] / total:7.2%}{ignored}")
+    if report.stray:
+        lines.append(f"  {stray_line(report)}")
+    return "\n".join(lines)
+
+
+def stray_line(report: SplitReport) -> str:
+    """One line on the pixels of unknown colour, for the log."""
+    shown = ", ".join(report.stray[:3]) + (" …" if len(report.stray) > 3 else "")
+    return (f"{report.split}: {report.pixels[UNKNOWN]} pixels of unknown colour in {len(report.stray)} masks "
+            f"count as void: {shown}")
+
+
+def add_data_flags(parser: OneLineParser) -> None:
+    """The flags that say what the data is, the same for every command."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_root", type=Path, metavar="DIR", help="folder with train/ train_labels/ val/ …")
+    group.add_argument("--data_name", choices=("auto", "camvid", "camvid32"), default="auto",
+                       help="class set: the folder's class_dict.csv or CamVid's 11 classes, or the 32 unmerged")
+    group.add_argument("--label_format", choices=LABEL_FORMATS, default="auto",
+                       help="masks as RGB colours, as class ids, or as the SegNet copy's ids")
+    group.add_argument("--num_classes", type=int, metavar="N", help="checked against the data's class set")
+    group.add_argument("--ignore_class", metavar="NAME", help="class that is neither trained nor scored")
+
+
+def get_args_parser() -> OneLineParser:
+    parser = OneLineParser(prog="datasets.check", description=__doc__.splitlines()[0])
+    add_data_flags(parser)
+    return parser
+
+
+def main(args) -> int:
+    if args.data_root is None:
+        raise UserError("--data_root DIR is needed")
+    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
+    splits = [split for split in ("train", "val", "test") if (args.data_root / split).is_dir()]
+    if not splits:
+        find_folders(args.data_root, "train")
+    reports = [check_split(args.data_root, split, classes, args.label_format) for split in splits]
+    print("\n".join(describe(report, classes) for report in reports))
+    problems = [problem for report in reports for problem in report.problems]
+    print("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, get_args_parser()))

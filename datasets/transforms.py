@@ -1,0 +1,35 @@
+"""The two pipelines between a frame as it is read and a tensor: augmenting for training, plain for evaluation."""
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
+
+import albumentations as A  # noqa: E402
+import cv2  # noqa: E402
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside each would compete with the network
+
+
+def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.5, 1.5)) -> A.Compose:
+    """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
+
+    crop_size: (height, width) in pixels; smaller frames are padded with the mean colour, their masks with void_id.
+    scale: the range of the factor on both sides. Streets do not hang from the sky: there is no vertical flip.
+    """
+    return A.Compose([
+        A.RandomScale((scale[0] - 1, scale[1] - 1), interpolation=cv2.INTER_LINEAR,
+                      mask_interpolation=cv2.INTER_NEAREST, area_for_downscale="image", p=1),
+        A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random",
+                     fill=[round(255 * mean) for mean in IMAGENET_MEAN], fill_mask=void_id),
+        A.HorizontalFlip(p=0.5),
+        A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
+        A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        A.ToTensorV2(),
+    ])
+
+
+def eval_transform() -> A.Compose:
+    """Normalise alone, at the given size: (H, W, 3) uint8, (H', W') uint8 -> (3, H, W) float32, (H', W') uint8."""
+    return A.Compose([A.Normalize(IMAGENET_MEAN, IMAGENET_STD), A.ToTensorV2()], is_check_shapes=False)

@@ -1,0 +1,142 @@
+"""The training loop's parts: optimiser, schedule, weight average, one epoch of training, one pass of validation."""
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from inference import Predictor
+from metric import SegmentationMetric
+from runtime import autocast
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite at ``step`` of the epoch."""
+
+    def __init__(self, step: int):
+        super().__init__(f"the loss is not finite at step {step}")
+        self.step = step
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end."""
+
+
+def build_optimizer(args, model: nn.Module) -> Optimizer:
+    """SGD with Nesterov momentum or AdamW; weight decay on weights of more than one dimension only."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
+
+
+def build_scheduler(args, optimizer: Optimizer, steps_per_epoch: int):
+    """The schedule, counted in updates: a linear warm-up times the one chosen (one-cycle warms up by itself)."""
+    total = args.epochs * steps_per_epoch
+    if args.scheduler == "onecycle":
+        return lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total)
+    schedules = [lr_scheduler.LinearLR(optimizer, 0.01, total_iters=max(1, min(args.warmup_steps, total // 10)))]
+    if args.scheduler == "step":
+        schedules.append(lr_scheduler.StepLR(optimizer, args.step_size * steps_per_epoch, args.gamma))
+    elif args.scheduler == "poly":
+        schedules.append(lr_scheduler.PolynomialLR(optimizer, total, power=0.9))
+    elif args.scheduler == "cosine":
+        schedules.append(lr_scheduler.CosineAnnealingLR(optimizer, total))
+    return lr_scheduler.ChainedScheduler(schedules, optimizer)
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of weights and batch-norm statistics whose decay rises to ``decay``."""
+    def average(averaged: list, current: list, count: int) -> None:
+        keep = min(decay, (1 + count) / (10 + count))  # early weights are far off: forget them soon
+        for old, new in zip(averaged, current):
+            old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, optimizer: Optimizer, scheduler,
+                    scaler: torch.amp.GradScaler, *, device: torch.device, amp_dtype: torch.dtype | None = None,
+                    grad_accum: int = 1, clip_grad: float = 0.0, ema: AveragedModel | None = None,
+                    stop: Callable[[], bool] = lambda: False, on_step: Callable[[int], None] = lambda step: None,
+                    description: str = "") -> dict:
+    """Train on every batch of (images (N, 3, H, W) float32, masks (N, H, W) int64); the scheduler steps per update.
+
+    Returns ``train_loss`` (mean over batches), ``lr`` (of the last update) and ``images_per_second``.
+    Raises NonFiniteLoss, and Interrupted after the step in which ``stop()`` became true.
+    """
+    model.train()
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    check_every = 1 if device.type == "cpu" else 20  # reading the loss waits for the device
+    losses, images_seen, started = [], 0, time.perf_counter()
+    bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
+    for step, (images, masks) in enumerate(bar):
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        masks = masks.to(device, non_blocking=True)
+        with autocast(device, amp_dtype):
+            logits = model(images)
+        loss = loss_fn(logits, masks)
+        # The last group of an epoch may be shorter than grad_accum and is averaged over its own length.
+        group = min(grad_accum, len(loader) - step // grad_accum * grad_accum)
+        scaler.scale(loss / group).backward()
+        losses.append(loss.detach())
+        images_seen += len(images)
+        last, lr = step + 1 == len(loader), optimizer.param_groups[0]["lr"]
+        if last or (step + 1) % check_every == 0:
+            finite = torch.stack(losses).isfinite()
+            if not finite.all():
+                raise NonFiniteLoss(int(finite.logical_not().nonzero()[0]))
+            rate = images_seen / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{losses[-1].item():.3f}", lr=f"{lr:.2g}",
+                            images_s=f"{rate:.1f}", refresh=False)
+        if last or (step + 1) % grad_accum == 0:
+            update(model, optimizer, scheduler, scaler, clip_grad, ema)
+        on_step(step)
+        if stop():
+            raise Interrupted
+    return {"train_loss": torch.stack(losses).mean().item(), "lr": lr,
+            "images_per_second": images_seen / (time.perf_counter() - started)}
+
+
+def update(model: nn.Module, optimizer: Optimizer, scheduler, scaler: torch.amp.GradScaler, clip_grad: float,
+           ema: AveragedModel | None) -> None:
+    """One optimiser step on the gathered gradients, clipped to the norm ``clip_grad`` where it is not 0."""
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    scheduler.step()
+    if ema is not None:
+        ema.update_parameters(model)
+
+
+@torch.inference_mode()
+def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetric,
+             stop: Callable[[], bool] = lambda: False) -> float:
+    """Fill ``metric`` from batches of (images (N, 3, H, W), masks (N, H', W')), scored at the masks' size.
+
+    Returns the mean cross-entropy of the labelled pixels, NaN where there are none. Raises Interrupted
+    after the batch in which ``stop()`` became true.
+    """
+    metric.reset()
+    ignore_index = -100 if metric.ignore_index is None else metric.ignore_index
+    total = torch.zeros((), dtype=torch.float64, device=predictor.device)
+    labelled = torch.zeros((), dtype=torch.int64, device=predictor.device)
+    for images, masks in tqdm(loader, desc="val", unit="batch", leave=False, disable=None):
+        masks = masks.to(predictor.device, non_blocking=True)
+        prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
+        metric.update(prob.argmax(1), masks)
+        total += F.nll_loss(prob.clamp_min_(1e-8).log_(), masks, ignore_index=ignore_index, reduction="sum")
+        labelled += (masks != ignore_index).sum()
+        if stop():
+            raise Interrupted
+    metric.all_reduce()
+    return (total / labelled).item()

@@ -1,0 +1,104 @@
+"""Score a checkpoint on a labelled split: a table per class, metrics.json and a picture of the confusion matrix.
+
+    python evaluate.py --data_root data/CamVid --split test
+    python evaluate.py --data_root data/CamVid --split val --checkpoint checkpoint/unet_best.pth --tta flip
+"""
+import json
+import math
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from checkpoints import default_checkpoint, load_model
+from datasets.camvid import CamVidDataset, find_classes
+from datasets.check import add_data_flags, check_data, stray_line
+from datasets.classes import ClassSet
+from datasets.transforms import eval_transform
+from engine import validate
+from inference import Predictor, add_inference_flags
+from metric import SegmentationMetric, score_table
+from runtime import (
+    OneLineParser,
+    UserError,
+    atomic_path,
+    init_worker,
+    make_folder,
+    run_command,
+    select_amp_dtype,
+    select_device,
+)
+from visualize import save_confusion_matrix
+
+
+def get_args_parser() -> OneLineParser:
+    parser = OneLineParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    add_data_flags(parser)
+    add_inference_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--split", default="val", help="folder of the split in --data_root: train, val or test")
+    group.add_argument("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR",
+                       help="folder for metrics.json and confusion_matrix.png")
+    group.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in the main one")
+    return parser
+
+
+def data_classes(args, trained: ClassSet, flags: dict) -> ClassSet:
+    """The data's classes, read with the training run's flags where this command gives none.
+
+    Raises UserError if they are not the classes that the checkpoint was trained on.
+    """
+    for key in ("data_name", "label_format", "num_classes", "ignore_class"):
+        if getattr(args, key) in (None, "auto") and flags.get(key) is not None:
+            setattr(args, key, flags[key])
+    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
+    if classes.to_dict() != trained.to_dict():
+        raise UserError(f"{args.checkpoint}: was trained on {len(trained)} classes ({', '.join(trained.names)}), "
+                        f"{args.data_root} has {len(classes)} ({', '.join(classes.names)})")
+    return classes
+
+
+def metrics_dict(scores: dict, names: tuple[str, ...], ignore_index: int | None, images: int) -> dict:
+    """The scores as plain JSON types; undefined ones are null. The ignored class is left out."""
+    def plain(value: float) -> float | None:
+        return None if math.isnan(value) else float(value)
+    overall = {key: plain(scores[key]) for key in ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1")}
+    per_class = [{"id": i, "name": name, **{key: plain(scores[key][i]) for key in ("iou", "accuracy", "f1")},
+                  "pixels": int(scores["pixels"][i])} for i, name in enumerate(names) if i != ignore_index]
+    return {**overall, "images": images, "per_class": per_class}
+
+
+def main(args) -> int:
+    if args.data_root is None:
+        raise UserError("--data_root DIR is needed, the folder with val/ and val_labels/")
+    device = select_device(args.device)
+    args.checkpoint = args.checkpoint or default_checkpoint()
+    model, trained, config = load_model(args.checkpoint)
+    classes = data_classes(args, trained, config["train"])
+    report = check_data(args.data_root, [args.split], classes, args.label_format)[args.split]
+    if report.stray:
+        print(stray_line(report))
+    dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
+                            config["train"].get("image_size"), native_labels=True)
+    loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=args.workers,
+                        pin_memory=device.type == "cuda", worker_init_fn=init_worker)
+    predictor = Predictor(model.to(device), classes.ignore_index, **config["normalize"], device=device,
+                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
+    metric = SegmentationMetric(len(classes), classes.void_id)
+    validate(predictor, loader, metric)
+    scores = metric.compute()
+    print(f"{args.checkpoint} on {args.split} of {args.data_root}, {len(dataset)} images"
+          f"{'' if args.tta == 'none' else f', averaged over {args.tta}'}")
+    print(score_table(scores, classes.names, classes.ignore_index))
+    folder = make_folder(args.save_dir)
+    with atomic_path(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics_dict(scores, classes.names, classes.ignore_index, len(dataset)),
+                                        indent=2) + "\n")
+    scored = classes.scored
+    save_confusion_matrix(metric.confusion_matrix()[scored][:, scored], tuple(classes.names[i] for i in scored),
+                          folder / "confusion_matrix.png")
+    print(f"wrote {folder / 'metrics.json'} and {folder / 'confusion_matrix.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, get_args_parser()))

@@ -1,0 +1,67 @@
+"""The training losses and the class weights."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SegmentationLoss(nn.Module):
+    """Cross-entropy, plus the soft Dice loss with ``dice``. Pixels of ``ignore_index`` count nowhere.
+
+    weight: (C,) float class weights of the cross-entropy, or None.
+    Shape: logits (N, C, H, W), mask (N, H, W) int64 -> scalar; 0 where a batch has no labelled pixel.
+    """
+
+    def __init__(self, ignore_index: int, weight: Tensor | None = None, label_smoothing: float = 0.0,
+                 dice: bool = False):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.dice = dice
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        logits = logits.float()  # sums over many pixels lose small terms in half precision
+        loss = F.cross_entropy(logits, mask, self.weight, ignore_index=self.ignore_index, reduction="sum",
+                               label_smoothing=self.label_smoothing)
+        weight = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight
+        labelled = mask != self.ignore_index
+        loss = loss / (weight[torch.where(labelled, mask, 0)] * labelled).sum().clamp_min(1e-6)
+        return loss + dice_loss(logits, mask, labelled) if self.dice else loss
+
+
+def dice_loss(logits: Tensor, mask: Tensor, labelled: Tensor) -> Tensor:
+    """1 - the mean soft Dice coefficient (Milletari et al. 2016) of the classes in the batch's labels.
+
+    Shape: logits (N, C, H, W), mask (N, H, W) int64, labelled (N, H, W) bool -> scalar; 0 without labelled pixels.
+    """
+    classes = logits.shape[1]
+    prob = logits.softmax(1) * labelled.unsqueeze(1)
+    truth = F.one_hot(torch.where(labelled, mask, 0), classes).movedim(-1, 1) * labelled.unsqueeze(1)
+    pixels = truth.sum((0, 2, 3))  # (C,)
+    overlap = (prob * truth).sum((0, 2, 3))
+    dice = 2 * overlap / (prob.sum((0, 2, 3)) + pixels).clamp_min(1e-6)
+    present = pixels > 0
+    return ((1 - dice) * present).sum() / present.sum().clamp_min(1)
+
+
+def class_weights(kind: str, pixels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """(C,) float32 weights from the (C,) pixel counts of the training labels; None for ``none``.
+
+    ``median``: median share / share (Eigen & Fergus 2015), capped at 10; ``log``: 1 / ln(1.02 + share)
+    (Paszke et al. 2016, ENet). Shares are among the labelled pixels; the ignored class weighs 0, an absent one 1.
+    """
+    if kind == "none":
+        return None
+    pixels = pixels.double().clone()
+    if ignore_index is not None and ignore_index < len(pixels):
+        pixels[ignore_index] = 0
+    share = pixels / pixels.sum().clamp_min(1)
+    present = share > 0
+    if kind == "median":
+        weight = (share[present].median() / share.clamp_min(1e-12)).clamp_max(10)
+    else:
+        weight = 1 / torch.log(1.02 + share)
+    weight = torch.where(present, weight, 1.0)
+    if ignore_index is not None and ignore_index < len(pixels):
+        weight[ignore_index] = 0
+    return weight.float()

@@ -1,0 +1,208 @@
+"""Segment photographs: for each, a mask whose pixel values are the class ids, and an overlay of the class colours.
+
+    python predict.py --image_dir photos                        a folder, a file or a quoted pattern: 'photos/*.jpg'
+    python predict.py --image_dir photos --checkpoint checkpoint/unet_best.pth --tta flip --no-overlay
+    python predict.py --demo                                    on the scenes that train.py --demo made
+"""
+import argparse
+import glob
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints import default_checkpoint, load_model
+from datasets.camvid import PHOTO_SUFFIXES, read_photo, resize_photo
+from datasets.classes import ClassSet
+from inference import Predictor, add_inference_flags
+from runtime import (
+    OneLineParser,
+    UserError,
+    atomic_path,
+    make_folder,
+    number_in,
+    run_command,
+    select_amp_dtype,
+    select_device,
+)
+from visualize import mask_image, overlay_image
+
+DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
+        "save_dir": Path("checkpoint/demo/predictions")}
+IN_FLIGHT = 8  # photographs read ahead, and pictures waiting to be written: enough to hide both, flat in memory
+
+
+def yes_or_no(text: str) -> bool:
+    """An argparse type: the tutorial's ``--overlay False`` means false."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def get_args_parser() -> OneLineParser:
+    parser = OneLineParser(prog="predict.py", description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("files")
+    group.add_argument("--image_dir", metavar="PATH", help="a folder of photographs, one file, or a quoted pattern")
+    group.add_argument("--save_dir", type=Path, default=Path("predictions"), metavar="DIR",
+                       help="folder for NAME_mask.png and NAME_overlay.png")
+    group.add_argument("--overlay", type=yes_or_no, nargs="?", const=True, default=True, metavar="BOOL",
+                       help="write overlays")
+    group.add_argument("--no-overlay", dest="overlay", action="store_false", help="write masks alone")
+    group.add_argument("--alpha", type=number_in(0, 1), default=0.5, help="opacity of the colours in overlays")
+    group.add_argument("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
+    add_inference_flags(parser)
+    return parser
+
+
+def find_photos(pattern: str) -> list[Path]:
+    """The photographs of a folder, file or pattern, sorted. Raises UserError if there are none."""
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    names = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern))
+    photos = sorted(name for name in names if name.suffix.lower() in PHOTO_SUFFIXES and not name.name.startswith("."))
+    if not photos:
+        what = "no photographs in it" if path.is_dir() else "no such file or folder"
+        raise UserError(f"--image_dir {pattern}: {what} ({' '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def output_names(photos: list[Path]) -> list[str]:
+    """The names of the outputs: the stem, or where photographs share it, what tells them apart as well.
+
+    a.jpg and a.png become a_jpg and a_png; x/a.png and y/a.png become x_a_png and y_a_png.
+    """
+    def shared(names: list[str]) -> set[str]:
+        # Some file systems ignore the case of a name.
+        counts = Counter(name.casefold() for name in names)
+        return {name for name in names if counts[name.casefold()] > 1}
+    names = [photo.stem for photo in photos]
+    root = os.path.commonpath([photo.absolute().parent for photo in photos])
+    for fuller in (lambda photo: photo.name, lambda photo: os.path.relpath(photo.absolute(), root)):
+        clashes = shared(names)
+        names = [fuller(photo).replace(os.sep, "_").replace(".", "_") if name in clashes else name
+                 for photo, name in zip(photos, names)]
+    if shared(names):
+        raise UserError(f"the outputs of several photographs would be called {shared(names).pop()}; rename one")
+    return names
+
+
+def read_ahead(pool: ThreadPoolExecutor, photos: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+    """(path, (H, W, 3) uint8 photograph or its error) in order, decoded in the background."""
+    def read(path: Path) -> np.ndarray | UserError:
+        try:
+            return read_photo(path)
+        except UserError as error:
+            return error
+    waiting: deque[tuple[Path, Future]] = deque()
+    for path in photos:
+        waiting.append((path, pool.submit(read, path)))
+        if len(waiting) > IN_FLIGHT:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for path, future in waiting:
+        yield path, future.result()
+
+
+def batches(items: Iterator, batch_size: int, max_pixels: int) -> Iterator[list]:
+    """Lists of (name, photograph) of one size, at most ``batch_size`` and, but for a single one, ``max_pixels``."""
+    batch: list = []
+    for item in items:
+        height, width = item[1].shape[:2]
+        if batch and (batch[0][1].shape != item[1].shape or len(batch) == batch_size
+                      or (len(batch) + 1) * height * width > max_pixels):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def write(name: str, photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args) -> None:
+    """Write NAME_mask.png and NAME_overlay.png."""
+    with atomic_path(args.save_dir / f"{name}_mask.png") as temporary:
+        mask_image(ids, classes).save(temporary)
+    if args.overlay:
+        with atomic_path(args.save_dir / f"{name}_overlay.png") as temporary:
+            overlay_image(photo, ids, classes, args.alpha).save(temporary, compress_level=1)
+
+
+def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
+                args: argparse.Namespace) -> tuple[np.ndarray, int]:
+    """Write the pictures of every photograph; the (C,) pixel counts and the number of broken files."""
+    names = dict(zip(photos, output_names(photos)))
+    pixels, broken = np.zeros(len(classes), np.int64), 0
+    max_pixels = args.tile * args.tile or 1 << 40
+
+    def readable(pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal broken
+        for path, photo in read_ahead(pool, photos):
+            if isinstance(photo, UserError):
+                broken += 1
+                bar.update()
+                tqdm.write(f"skipped: {photo}", file=sys.stderr)
+            else:
+                yield names[path], photo
+
+    writing: deque[Future] = deque()
+    with ThreadPoolExecutor() as pool, tqdm(total=len(photos), unit="image", disable=None) as bar:
+        for batch in batches(readable(pool, bar), args.batch_size, max_pixels):
+            size = batch[0][1].shape[:2]
+            images = predictor.prepare([resize_photo(photo, image_size) for _, photo in batch])
+            for (name, photo), ids in zip(batch, predictor(images, size).cpu().numpy().astype(np.uint8)):
+                pixels += np.bincount(ids.ravel(), minlength=len(classes))
+                writing.append(pool.submit(write, name, photo, ids, classes, args))
+            while len(writing) > IN_FLIGHT:
+                writing.popleft().result()
+            bar.update(len(batch))
+        for future in writing:
+            future.result()
+    return pixels, broken
+
+
+def print_shares(pixels: np.ndarray, classes: ClassSet) -> None:
+    """The pixel share of each class, largest first, with a warning where one class is nearly everything."""
+    share = pixels / max(1, pixels.sum())
+    print("pixels of each class: " + ", ".join(f"{classes.names[i]} {share[i]:.1%}" for i in np.argsort(-share)
+                                               if i != classes.ignore_index))
+    if share.max() > 0.99:
+        print(f"warning: {classes.names[share.argmax()]} holds {share.max():.1%} of all pixels: the model may be "
+              f"barely trained, or these photographs unlike its training data", file=sys.stderr)
+
+
+def main(args) -> int:
+    if args.image_dir is None:
+        raise UserError("--image_dir PATH is needed: a folder of photographs, one file, or a pattern (or try --demo)")
+    if args.demo and not args.checkpoint.is_file():
+        raise UserError(f"{args.checkpoint}: there is no demo model yet; run: python train.py --demo")
+    photos = find_photos(args.image_dir)
+    device = select_device(args.device)
+    checkpoint = args.checkpoint or default_checkpoint()
+    model, classes, config = load_model(checkpoint)
+    if args.save_dir.resolve() in {photo.parent.resolve() for photo in photos}:
+        raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
+    make_folder(args.save_dir)
+    predictor = Predictor(model.to(device), classes.ignore_index, **config["normalize"], device=device,
+                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
+    print(f"{checkpoint} on {len(photos)} photograph{'s' * (len(photos) > 1)}", flush=True)
+    pixels, broken = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)
+    done = len(photos) - broken
+    if done:
+        print_shares(pixels, classes)
+    print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
+    if broken:
+        print(f"predict.py: {broken} of {len(photos)} files could not be read", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    parser = get_args_parser()
+    if "--demo" in sys.argv:
+        parser.set_defaults(**DEMO)
+    raise SystemExit(run_command(main, parser))

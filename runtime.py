@@ -1,0 +1,173 @@
+"""What every command needs around the network: errors in one line, the device, the precision, seeds, signals."""
+import argparse
+import contextlib
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with status 2."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Prints defaults in the help, and a bad flag as one line without the usage block."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
+    """Call ``main(args)``; return its exit status, or 2 after printing a UserError as one line on stderr."""
+    args = parser.parse_args()
+    try:
+        return main(args) or 0
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def number_in(low: float, high: float, open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from ``low`` to ``high``, ``low`` itself excluded where ``open_low``."""
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+def select_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU. Raises UserError where the named one is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name.split(":")[0], False):
+        raise UserError(f"--device {name} is not available here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bf16 where a CUDA device has it, else fp16; None (plain float32) on other devices.
+
+    Raises UserError where ``fp16`` or ``bf16`` is asked of a device that is not CUDA.
+    """
+    if amp == "off" or (amp == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise UserError(f"--amp {amp} needs a CUDA device, this run is on {device.type}; use --amp auto or off")
+    if amp == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """The autocast context; a no-op where ``dtype`` is None."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch; ``deterministic`` also picks the repeatable, slower kernels."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def rng_state() -> dict:
+    """The torch random states, as tensors that a checkpoint can hold."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` returned; CUDA states only where the number of devices is the same."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class StopSignal:
+    """The number of the SIGINT or SIGTERM received, 0 before. A second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+    def __call__(self, number: int, frame) -> None:
+        self.number = number
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopSignal]:
+    """Within the block, SIGINT and SIGTERM set a flag, so that a loop can end after the current step."""
+    stop = StopSignal()
+    previous = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+def init_worker(worker_id: int) -> None:
+    """For DataLoader workers: leave Ctrl-C to the main process, and use one thread each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed over ``path`` when the block ends well: readers never see half a file.
+
+    Raises UserError if the file cannot be written; what stood at ``path`` then stays.
+    """
+    # One fixed name beside the target: what a killed run leaves is overwritten by the next.
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder and its parents. Raises UserError if it cannot be created."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be created ({error.strerror or error})") from None
+    return path

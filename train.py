@@ -1,0 +1,327 @@
+"""Train a U-Net on CamVid or on your own street photographs.
+
+    python train.py --demo                                     no data needed, about three minutes on two CPU cores
+    python train.py --data_root data/CamVid                    the default recipe
+    python train.py --data_root data/CamVid --resume auto      go on where a run stopped
+"""
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from checkpoints import Run, load_checkpoint, load_model, load_weights
+from datasets.camvid import CamVidDataset, EpochSampler, find_classes
+from datasets.check import SplitReport, add_data_flags, check_data, stray_line
+from datasets.classes import ClassSet
+from datasets.synthetic import generate_dataset
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
+from engine import Interrupted, NonFiniteLoss, build_ema, build_optimizer, build_scheduler, train_one_epoch, validate
+from inference import Predictor
+from loss import SegmentationLoss, class_weights
+from metric import SegmentationMetric, score_table
+from model import MODEL_NAMES, build_model
+from runtime import (
+    OneLineParser,
+    UserError,
+    atomic_path,
+    catch_signals,
+    init_worker,
+    make_folder,
+    number_in,
+    positive_int,
+    run_command,
+    seed_everything,
+    select_amp_dtype,
+    select_device,
+)
+from visualize import panel_image, save_curves
+
+LONG_RUN = 2 * 3600  # seconds
+DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 16, "epochs": 12}
+
+
+def get_args_parser() -> OneLineParser:
+    parser = OneLineParser(prog="train.py", description=__doc__.splitlines()[0])
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_recipe_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--demo", action="store_true", help="train on generated scenes, into checkpoint/demo")
+    group.add_argument("--checkpoint", type=Path, default=Path("checkpoint"), metavar="DIR",
+                       help="folder for checkpoints, log and pictures")
+    group.add_argument("--resume", metavar="FILE|auto",
+                       help="go on from a _last.pth; auto takes the one in --checkpoint where there is one")
+    group.add_argument("--init_from", type=Path, metavar="FILE", help="start from these weights alone")
+    group.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
+                       help="mixed precision on CUDA; auto: bf16 where the GPU has it, else fp16")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--deterministic", action="store_true", help="repeatable kernels, slower on a GPU")
+    return parser
+
+
+def add_model_flags(parser: OneLineParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=MODEL_NAMES, default="unet")
+    group.add_argument("--width", type=positive_int, metavar="N",
+                       help="channels at full size; the model's own when not given: 64, ResNet encoders 16")
+    group.add_argument("--pretrained", action="store_true", help="start a ResNet encoder from ImageNet weights")
+
+
+def add_recipe_flags(parser: OneLineParser) -> None:
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--epochs", type=positive_int, default=50)
+    group.add_argument("--batch_size", type=positive_int, default=8)
+    group.add_argument("--crop_size", type=positive_int, nargs="+", default=[224], metavar="PX",
+                       help="height and width of training crops, or one number for both")
+    group.add_argument("--image_size", type=positive_int, nargs=2, metavar=("H", "W"),
+                       help="resize frames as they are read; scores stay at the labels' own size")
+    group.add_argument("--scale", type=number_in(0.1, 10), nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
+                       help="range of the random scale before cropping")
+    group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
+    group.add_argument("--lr", type=number_in(0, 100, open_low=True),
+                       help="of an update; when not given: 0.05 for sgd, 0.001 for adamw")
+    group.add_argument("--momentum", type=number_in(0, 0.9999), default=0.9)
+    group.add_argument("--weight-decay", "--weight_decay", type=number_in(0, 10), default=5e-4,
+                       help="of convolution weights; norms and biases have none")
+    group.add_argument("--scheduler", choices=("step", "poly", "cosine", "onecycle", "none"), default="step")
+    group.add_argument("--step_size", type=positive_int, metavar="EPOCHS",
+                       help="StepLR: epochs between drops; when not given: a fifth of --epochs")
+    group.add_argument("--gamma", type=number_in(0, 1, open_low=True), default=0.5, help="StepLR: factor of a drop")
+    group.add_argument("--warmup_steps", type=int, default=100, help="updates of linear warm-up")
+    group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce")
+    group.add_argument("--class_weights", choices=("none", "median", "log"), default="log")
+    group.add_argument("--label_smoothing", type=number_in(0, 0.99), default=0.0)
+    group.add_argument("--ema", type=number_in(0, 0.99999), default=0.99,
+                       help="decay per update of the averaged weights that are scored and predict; 0: no average")
+    group.add_argument("--grad_accum", type=positive_int, default=1, help="batches per update")
+    group.add_argument("--clip_grad", type=number_in(0, 1e9), default=0.0, help="largest gradient norm; 0: no limit")
+
+
+def resolve_flags(args) -> None:
+    """Fill in the defaults that depend on other flags, and refuse combinations that make no sense."""
+    if args.data_root is None:
+        raise UserError("--data_root DIR is needed, the folder with train/ and train_labels/ (or try --demo)")
+    if len(args.crop_size) > 2 or min(args.crop_size) < 32:
+        raise UserError(f"--crop_size {' '.join(map(str, args.crop_size))}: give one or two numbers of at least 32")
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller number comes first")
+    if args.resume and args.init_from:
+        raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
+    if args.workers < 0 or args.warmup_steps < 0:
+        raise UserError("--workers and --warmup_steps cannot be negative")
+    args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
+    args.lr = args.lr or (0.05 if args.optimizer == "sgd" else 0.001)
+    args.step_size = args.step_size or max(1, args.epochs // 5)
+
+
+def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin: bool):
+    """The training loader, with its sampler, and the validation loader."""
+    common = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": pin,
+              "worker_init_fn": init_worker}
+    train_set = CamVidDataset(args.data_root, "train", classes,
+                              train_transform(args.crop_size, classes.void_id, args.scale),
+                              args.label_format, args.image_size)
+    val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.image_size,
+                            native_labels=True)
+    sampler = EpochSampler(len(train_set), args.seed)
+    val_batch = args.batch_size if len(reports["val"].sizes) == 1 else 1
+    return (DataLoader(train_set, args.batch_size, sampler=sampler, **common),
+            DataLoader(val_set, min(val_batch, 4), **common))
+
+
+def set_earlier_run_aside(folder: Path, model: str) -> None:
+    """Move the files of an earlier run out of the way, into a folder of their own: training never costs a model."""
+    files = sorted(folder.glob(f"{model}_*.*"))
+    if (folder / f"{model}_last.pth") not in files:
+        return
+    aside = make_folder(folder / f"{model}_until_{time.strftime('%Y-%m-%d_%H%M%S')}")
+    for file in files:
+        file.rename(aside / file.name)
+    print(f"moved the earlier run in {folder} to {aside}")
+
+
+class TimeEstimate:
+    """After the first steps, says how long the run will take; over two hours, also what shortens it."""
+
+    def __init__(self, args, steps: int, val_pixels: int):
+        self.args, self.steps = args, steps
+        # A forward pass costs about a third of a training step on the same pixels.
+        crop_pixels = args.batch_size * args.crop_size[0] * args.crop_size[1]
+        self.val_steps = val_pixels / crop_pixels / 3
+        self.first = min(6, steps - 1)
+        self.started = 0.0
+
+    def __call__(self, epoch: int, step: int) -> None:
+        if self.first < 1 or step not in (0, self.first):
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 0:
+            self.started = time.perf_counter()
+            return
+        step_seconds = (time.perf_counter() - self.started) / self.first
+        epoch_seconds = step_seconds * (self.steps + self.val_steps)
+        total = epoch_seconds * (self.args.epochs - epoch)
+        self.first = 0
+        print(f"about {format_time(epoch_seconds)} an epoch, {format_time(total)} to epoch {self.args.epochs}")
+        if total > LONG_RUN:
+            print("to shorten that: --width 16 or 32 (half the width takes a quarter of the time), fewer --epochs, "
+                  "a smaller --crop_size, a GPU")
+
+
+def format_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def build_run(args, classes: ClassSet, device: torch.device, steps: int) -> Run:
+    """Model, optimiser, schedule, scaler and average, from scratch, from --init_from or from --resume."""
+    options = {"width": args.width} if args.width else {}
+    if args.pretrained:
+        options["pretrained"] = True
+    model = build_model(args.model, len(classes), **options)
+    if args.init_from:
+        state = load_checkpoint(args.init_from)
+        load_weights(model, state.get("ema_state_dict") or state["model_state_dict"], args.init_from)
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    optimizer = build_optimizer(args, model)
+    fp16 = select_amp_dtype(args.amp, device) == torch.float16
+    run = Run(args, classes, model, optimizer, build_scheduler(args, optimizer, steps),
+              torch.amp.GradScaler(device.type, enabled=fp16), build_ema(model, args.ema) if args.ema else None,
+              steps, {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)})
+    last = run.path("last.pth")
+    if args.resume and (args.resume != "auto" or last.is_file()):
+        run.restore(last if args.resume == "auto" else Path(args.resume))
+        print(f"resumed after epoch {run.epoch}, best val mIoU {run.best_miou:.3f}")
+    return run
+
+
+def main(args) -> int:
+    if args.demo:
+        make_demo_scenes(args.data_root)
+    resolve_flags(args)
+    device = select_device(args.device)
+    amp_dtype = select_amp_dtype(args.amp, device)
+    seed_everything(args.seed, args.deterministic)
+    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
+    reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
+    train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
+    make_folder(args.checkpoint)
+    run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum))
+    if run.epoch == 0 and not args.demo:
+        set_earlier_run_aside(args.checkpoint, args.model)
+    for report in reports.values():
+        print(f"{report.split}: {report.pairs} pairs" + (f"\n{stray_line(report)}" if report.stray else ""))
+    print(f"{args.model}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, "
+          f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
+    with atomic_path(run.path("args.json")) as temporary:
+        temporary.write_text(json.dumps(run.state_dict()["config"]["train"], indent=2) + "\n")
+    status = fit(run, train_loader, val_loader, reports, device, amp_dtype)
+    if run.history:
+        save_curves(run.history, run.path("curves.png"))
+    if status == 0:
+        summarize(run, val_loader, device, amp_dtype)
+    return status
+
+
+def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dict[str, SplitReport],
+        device: torch.device, amp_dtype: torch.dtype | None) -> int:
+    """Train to the last epoch, saving after each. Returns the exit status: 0, 1 for a lost loss, 128 + a signal."""
+    args, classes = run.args, run.classes
+    pixels = torch.from_numpy(reports["train"].pixels[: len(classes)])
+    weight = class_weights(args.class_weights, pixels, classes.ignore_index)
+    loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)
+    metric = SegmentationMetric(len(classes), classes.void_id)
+    scored_model = run.ema.module if run.ema else run.model
+    predictor = Predictor(scored_model, classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype)
+    network = torch.compile(run.model) if args.compile else run.model
+    val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())
+    estimate = TimeEstimate(args, len(train_loader), val_pixels)
+    with catch_signals() as stop:
+        while run.epoch < args.epochs:
+            epoch, started = run.epoch + 1, time.perf_counter()
+            train_loader.sampler.epoch = epoch
+            try:
+                row = train_one_epoch(
+                    network, train_loader, loss_fn, run.optimizer, run.scheduler, run.scaler, device=device,
+                    amp_dtype=amp_dtype, grad_accum=args.grad_accum, clip_grad=args.clip_grad, ema=run.ema,
+                    stop=lambda: bool(stop), on_step=lambda step: estimate(run.epoch, step),
+                    description=f"epoch {epoch}/{args.epochs}")
+                val_loss = validate(predictor, val_loader, metric, stop=lambda: bool(stop))
+            except Interrupted:
+                print(f"\nstopped in epoch {epoch}; {resume_command(run)}", file=sys.stderr)
+                return 128 + stop.number
+            except NonFiniteLoss as error:
+                print(f"train.py: error: {describe_lost_loss(error.step, epoch, train_loader)}", file=sys.stderr)
+                return 1
+            scores = metric.compute()
+            record(run, {"epoch": epoch, **row, "val_loss": val_loss, "val_miou": scores["miou"],
+                         "val_pixel_accuracy": scores["pixel_accuracy"], "seconds": time.perf_counter() - started})
+    return 0
+
+
+def record(run: Run, row: dict) -> None:
+    """Print an epoch's line and save the run after it."""
+    run.history.append({key: value if isinstance(value, int) else round(value, 6) for key, value in row.items()})
+    score = row["val_miou"] if row["val_miou"] == row["val_miou"] else 0.0  # NaN: no labelled pixel in val
+    best = score > run.best_miou
+    run.best_miou = max(score, run.best_miou)
+    run.save(best)
+    print(f"epoch {row['epoch']:>3}/{run.args.epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
+          f"val mIoU {row['val_miou']:.3f}  acc {row['val_pixel_accuracy']:.3f}  lr {row['lr']:.2g}  "
+          f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s{'  *best' if best else ''}", flush=True)
+
+
+def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype: torch.dtype | None) -> None:
+    """Score the best checkpoint as it lies on the disk: per-class table, a panel of three frames, what to run next."""
+    best = run.path("best.pth")
+    model, classes, _ = load_model(best)
+    predictor = Predictor(model.to(device), classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype)
+    metric, val_set = SegmentationMetric(len(classes), classes.void_id), val_loader.dataset
+    validate(predictor, val_loader, metric)
+    print(f"\nbest epoch, {best}:\n{score_table(metric.compute(), classes.names, classes.ignore_index)}")
+    rows = []
+    for i in sorted({0, len(val_set) // 2, len(val_set) - 1}):
+        image, mask = val_set[i]
+        rows.append((val_set.read(i)[0], mask.numpy(), predictor(image[None], mask.shape)[0].cpu().numpy()))
+    with atomic_path(run.path("panel.png")) as temporary:
+        panel_image(rows, classes).save(temporary)
+    print(f"\npictures: {run.path('panel.png')} (photograph, label, prediction), {run.path('curves.png')}\nnext:")
+    predict = "--demo" if run.args.demo else f"--image_dir PHOTOS --checkpoint {best}"
+    print(f"  python predict.py {predict}\n"
+          f"  python evaluate.py --data_root {run.args.data_root} --split val --checkpoint {best}")
+
+
+def resume_command(run: Run) -> str:
+    if not run.history:
+        return "no epoch was finished, so there is nothing to resume"
+    flags = sys.argv[1:] + ([] if run.args.resume else ["--resume", "auto"])
+    return f"{run.path('last.pth')} holds epoch {run.epoch}. To go on:\n  python train.py {shlex.join(flags)}"
+
+
+def describe_lost_loss(step: int, epoch: int, loader: DataLoader) -> str:
+    size = loader.batch_size
+    indices = loader.sampler.order()[step * size:(step + 1) * size]
+    names = ", ".join(loader.dataset.pairs[i].photo.name for i in indices)
+    return (f"the loss is NaN or infinite in epoch {epoch}, step {step + 1}, with {names}; try a lower --lr or "
+            f"--clip_grad 1. The checkpoint of the last finished epoch is untouched")
+
+
+def make_demo_scenes(folder: Path) -> None:
+    if not (folder / "test_labels").is_dir():
+        generate_dataset(folder, {"train": 200, "val": 40, "test": 8})
+
+
+if __name__ == "__main__":
+    parser = get_args_parser()
+    if "--demo" in sys.argv:
+        parser.set_defaults(**DEMO)
+    raise SystemExit(run_command(main, parser))
