@@ -18,9 +18,10 @@ from model import build_model
 from runtime import UserError, atomic_path, rng_state, set_rng_state
 
 FORMAT = 1
+CONFIG_KEYS = ("model", "classes", "normalize", "train")
 # A resumed run restores its schedule and momentum, so flags that contradict them are refused, not ignored.
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
-               "warmup_steps", "batch_size", "grad_accum", "crop_size", "image_size", "scale", "class_weights", "loss",
+               "warmup_steps", "batch_size", "grad_accum", "crop_size", "image_size", "scale", "jitter", "class_weights", "loss",
                "label_smoothing", "ema", "seed")
 TRAINING_KEYS = ("epoch", "best_miou", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict",
                  "scaler_state_dict", "rng_state", "history")
@@ -47,8 +48,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: not a readable checkpoint: truncated, or not written by "
                         f"train.py ({reason})") from None
     config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or not {"model", "classes", "normalize"} <= config.keys() \
-            or not isinstance(state.get("model_state_dict"), dict):
+    described = isinstance(config, dict) and all(isinstance(config.get(key), dict) for key in CONFIG_KEYS)
+    if not described or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint of this program (no model_state_dict or config)")
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}; update it")
@@ -82,9 +83,10 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     weights = state.get("ema_state_dict") or state["model_state_dict"]
     try:
         classes = ClassSet.from_dict(config["classes"])
-        model = build_model(config["model"]["name"], len(classes), **config["model"]["options"])
+        options = {"width": config["model"]["options"]["width"]}  # nothing that could start a download
+        model = build_model(config["model"]["name"], len(classes), **options)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit the model it describes ({reason})") from None
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
@@ -117,7 +119,6 @@ class Run:
 
     def state_dict(self) -> dict:
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
-        options = {} if self.args.width is None else {"width": self.args.width}
         return {
             "epoch": self.epoch,
             "best_miou": self.best_miou,
@@ -129,7 +130,7 @@ class Run:
             "rng_state": rng_state(),
             "history": self.history,
             "config": {
-                "model": {"name": self.args.model, "options": options},
+                "model": {"name": self.args.model, "options": {"width": self.model.classifier.in_channels}},
                 "classes": self.classes.to_dict(),
                 "normalize": self.normalize,
                 "train": flags,

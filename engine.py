@@ -41,14 +41,19 @@ def build_scheduler(args, optimizer: Optimizer, steps_per_epoch: int):
     """The schedule, counted in updates: a linear warm-up times the one chosen (one-cycle warms up by itself)."""
     total = args.epochs * steps_per_epoch
     if args.scheduler == "onecycle":
-        return lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total)
-    schedules = [lr_scheduler.LinearLR(optimizer, 0.01, total_iters=max(1, min(args.warmup_steps, total // 10)))]
+        return lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total, cycle_momentum=False)
+    schedules: list[lr_scheduler.LRScheduler] = []
+    warmup = min(args.warmup_steps, total // 10)
+    if warmup:
+        schedules.append(lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup))
     if args.scheduler == "step":
         schedules.append(lr_scheduler.StepLR(optimizer, args.step_size * steps_per_epoch, args.gamma))
     elif args.scheduler == "poly":
         schedules.append(lr_scheduler.PolynomialLR(optimizer, total, power=0.9))
     elif args.scheduler == "cosine":
         schedules.append(lr_scheduler.CosineAnnealingLR(optimizer, total))
+    else:
+        schedules.append(lr_scheduler.ConstantLR(optimizer, 1.0))
     return lr_scheduler.ChainedScheduler(schedules, optimizer)
 
 

@@ -56,7 +56,7 @@ class Predictor:
 
     def prepare(self, photos: list[np.ndarray]) -> Tensor:
         """Photographs of one size, (H, W, 3) uint8 RGB -> (N, 3, H, W) normalised float32 on the device."""
-        batch = torch.stack([torch.from_numpy(photo) for photo in photos]).to(self.device)
+        batch = torch.from_numpy(np.stack(photos)).to(self.device)
         return batch.permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
 
     @torch.inference_mode()

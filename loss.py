@@ -58,7 +58,8 @@ def class_weights(kind: str, pixels: Tensor, ignore_index: int | None) -> Tensor
     share = pixels / pixels.sum().clamp_min(1)
     present = share > 0
     if kind == "median":
-        weight = (share[present].median() / share.clamp_min(1e-12)).clamp_max(10)
+        middle = share[present].quantile(0.5) if present.any() else 1.0
+        weight = (middle / share.clamp_min(1e-12)).clamp_max(10)
     else:
         weight = 1 / torch.log(1.02 + share)
     weight = torch.where(present, weight, 1.0)

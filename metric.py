@@ -47,8 +47,12 @@ class SegmentationMetric:
 
     def all_reduce(self) -> None:
         """Add the counts of every process of a distributed run; nothing to do in a single process."""
-        if dist.is_available() and dist.is_initialized() and self.counts is not None:
-            dist.all_reduce(self.counts)
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        if self.counts is None:  # a process without a batch takes part all the same, or the others would wait for it
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            self.counts = torch.zeros(self.num_classes + 1, self.num_classes + 1, dtype=torch.int64, device=device)
+        dist.all_reduce(self.counts)
 
     def confusion_matrix(self) -> np.ndarray:
         """(C, C) int64: pixels by label (row) and prediction (column).

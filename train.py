@@ -6,6 +6,7 @@
 """
 import json
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ from runtime import (
 from visualize import panel_image, save_curves
 
 LONG_RUN = 2 * 3600  # seconds
+DEMO_SCENES, DEMO_SIZE = {"train": 240, "val": 40, "test": 8}, (240, 180)
 DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 16, "epochs": 12}
 
 
@@ -84,6 +86,8 @@ def add_recipe_flags(parser: OneLineParser) -> None:
                        help="resize frames as they are read; scores stay at the labels' own size")
     group.add_argument("--scale", type=number_in(0.1, 10), nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
                        help="range of the random scale before cropping")
+    group.add_argument("--jitter", type=number_in(0, 1), default=0.3,
+                       help="range of brightness, contrast and saturation around 1; 0: none")
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
     group.add_argument("--lr", type=number_in(0, 100, open_low=True),
                        help="of an update; when not given: 0.05 for sgd, 0.001 for adamw")
@@ -108,8 +112,10 @@ def resolve_flags(args) -> None:
     """Fill in the defaults that depend on other flags, and refuse combinations that make no sense."""
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with train/ and train_labels/ (or try --demo)")
-    if len(args.crop_size) > 2 or min(args.crop_size) < 32:
-        raise UserError(f"--crop_size {' '.join(map(str, args.crop_size))}: give one or two numbers of at least 32")
+    smallest = 32 if args.model == "unet" else 64  # two pixels at the bottom, for batch norm to have a variance
+    if len(args.crop_size) > 2 or min(args.crop_size) < smallest:
+        raise UserError(f"--crop_size {' '.join(map(str, args.crop_size))}: give one or two numbers, for {args.model} of "
+                        f"at least {smallest}")
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller number comes first")
     if args.resume and args.init_from:
@@ -126,7 +132,7 @@ def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin:
     common = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": pin,
               "worker_init_fn": init_worker}
     train_set = CamVidDataset(args.data_root, "train", classes,
-                              train_transform(args.crop_size, classes.void_id, args.scale),
+                              train_transform(args.crop_size, classes.void_id, args.scale, args.jitter),
                               args.label_format, args.image_size)
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.image_size,
                             native_labels=True)
@@ -316,8 +322,14 @@ def describe_lost_loss(step: int, epoch: int, loader: DataLoader) -> str:
 
 
 def make_demo_scenes(folder: Path) -> None:
-    if not (folder / "test_labels").is_dir():
-        generate_dataset(folder, {"train": 200, "val": 40, "test": 8})
+    """Generate the demo's scenes where they are not there yet; an interrupted attempt leaves nothing in the way."""
+    if folder.is_dir():
+        return
+    print(f"generating street scenes in {folder}", flush=True)
+    unfinished = make_folder(folder.parent) / f".{folder.name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    generate_dataset(unfinished, DEMO_SCENES, DEMO_SIZE)
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

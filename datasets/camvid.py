@@ -87,21 +87,28 @@ def find_pairs(photo_dir: Path, label_dir: Path) -> tuple[list[Pair], list[str]]
                  for stem in photos if stem not in labels]
     problems += [f"{label_dir.name}/{labels[stem].name}: no photograph {stem}.* in {photo_dir.name}"
                  for stem in labels if stem not in photos]
-    problems += [f"{label_dir.name}/{label.name}: JPEG changes the colours of a mask; save masks as PNG"
-                 for label in labels.values() if label.suffix.lower() in JPEG_SUFFIXES]
+    problems += [f"{label_dir.name}/{path.name}: JPEG changes the colours of a mask; save masks as PNG"
+                 for path in sorted(label_dir.iterdir()) if path.suffix.lower() in JPEG_SUFFIXES]
     if not photos and not labels:
         problems.append(f"{photo_dir} and {label_dir.name}: no images ({' '.join(PHOTO_SUFFIXES)})")
     return [Pair(photos[stem], labels[stem]) for stem in photos if stem in labels], problems
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded first frame of an image file. Raises UserError if it cannot be read."""
+    """The decoded first frame of an image file, upright by its EXIF tag. Raises UserError if it cannot be read."""
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        # Through a file object: Pillow maps some TIFFs into memory, and then turns them wrongly.
+        with open(path, "rb") as file, Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # broken files raise nearly anything in Pillow's decoders
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any 8-bit image as RGB, without its transparency."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of what the direct way loses
+    return image.convert("RGB")
 
 
 def read_photo(path: Path) -> np.ndarray:
@@ -109,10 +116,12 @@ def read_photo(path: Path) -> np.ndarray:
 
     Grey, palette, RGBA, CMYK and 16-bit files are converted. Raises UserError if it cannot be read.
     """
-    image = ImageOps.exif_transpose(open_image(path))
-    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip 16 bits, not scale them
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    image = open_image(path)
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits, not scale them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UserError(f"{path}: has 32 bits a pixel, whose range is anyone's guess; save it with 8 or 16")
+    return np.array(to_rgb(image))
 
 
 def resize_photo(photo: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
@@ -130,7 +139,7 @@ def read_label(path: Path, classes: ClassSet, label_format: str) -> np.ndarray:
     """
     image = open_image(path)
     if label_format == "rgb":
-        return classes.to_ids(np.asarray(image.convert("RGB")))
+        return classes.to_ids(np.asarray(to_rgb(image)))
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         raise UserError(f"{path}: a mask of ids has one channel, this is {image.mode}; use --label_format rgb")
     values = np.asarray(image).astype(np.int64)

@@ -35,7 +35,7 @@ class SplitReport:
     pairs: int = 0
     sizes: Counter = field(default_factory=Counter)  # (height, width) -> frames
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-    stray: list[str] = field(default_factory=list)
+    stray: dict[str, int] = field(default_factory=dict)  # mask -> pixels of unknown colour or id
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,16 +51,16 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
             if isinstance(result, str):
                 report.problems.append(result)
                 continue
-            size, pixels = result
+            size, pixels, stray = result
             report.sizes[size] += 1
             report.pixels += pixels
-            if pixels[UNKNOWN] and label_format == "rgb":
-                report.stray.append(f"{pair.label.name} ({pixels[UNKNOWN]})")
+            if stray:
+                report.stray[pair.label.name] = stray
     return report
 
 
-def _check_pair(pair: Pair, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray] | str:
-    """The size (H, W) and (256,) pixel counts of a pair, or its problem."""
+def _check_pair(pair: Pair, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray, int] | str:
+    """The size (H, W), (256,) pixel counts and number of unknown pixels of a pair, or its problem."""
     try:
         size = read_photo(pair.photo).shape[:2]
         ids = read_label(pair.label, classes, label_format)
@@ -76,7 +76,7 @@ def _check_pair(pair: Pair, classes: ClassSet, label_format: str) -> tuple[tuple
         unknown &= np.asarray(open_image(pair.label)) != UNKNOWN
     if unknown.mean() > MAX_STRAY:
         return _describe_unknown(pair.label, unknown, classes, label_format)
-    return size, pixels
+    return size, pixels, int(unknown.sum())
 
 
 def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_format: str) -> str:
@@ -91,7 +91,8 @@ def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_
     if label_format == "rgb" and (found.max(1) == found.min(1)).all() and found.max() <= len(classes):
         hint = "; these look like class ids: use --label_format ids"
     kind = "colours" if label_format == "rgb" else "ids"
-    return f"{path}: {unknown.mean():.1%} of its pixels have {kind} outside the {len(classes)} classes: {shown}{more}{hint}"
+    return (f"{path}: {unknown.mean():.1%} of its pixels have {kind} outside the {len(classes)} classes: "
+            f"{shown}{more}{hint}")
 
 
 def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
@@ -118,10 +119,10 @@ def describe(report: SplitReport, classes: ClassSet) -> str:
 
 
 def stray_line(report: SplitReport) -> str:
-    """One line on the pixels of unknown colour, for the log."""
-    shown = ", ".join(report.stray[:3]) + (" …" if len(report.stray) > 3 else "")
-    return (f"{report.split}: {report.pixels[UNKNOWN]} pixels of unknown colour in {len(report.stray)} masks "
-            f"count as void: {shown}")
+    """One line on the pixels of unknown colour or id, for the log."""
+    shown = ", ".join(f"{name} ({count})" for name, count in list(report.stray.items())[:3])
+    return (f"{report.split}: {sum(report.stray.values())} pixels of unknown colour or id in {len(report.stray)} masks "
+            f"count as void: {shown}{' …' if len(report.stray) > 3 else ''}")
 
 
 def add_data_flags(parser: OneLineParser) -> None:
@@ -146,7 +147,7 @@ def main(args) -> int:
     if args.data_root is None:
         raise UserError("--data_root DIR is needed")
     classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
-    splits = [split for split in ("train", "val", "test") if (args.data_root / split).is_dir()]
+    splits = [split for split in ("train", "val", "test") if any((args.data_root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
     if not splits:
         find_folders(args.data_root, "train")
     reports = [check_split(args.data_root, split, classes, args.label_format) for split in splits]

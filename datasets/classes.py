@@ -99,20 +99,20 @@ class ClassSet:
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], tuple[Color, ...]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    reader.fieldnames = [(field or "").strip().lower() for field in reader.fieldnames or []]
-    missing = [column for column in ("name", "r", "g", "b") if column not in reader.fieldnames]
+        reader = csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
+        header = [field.strip().lower() for field in next(reader, [])]
+        rows = [(reader.line_num, dict(zip(header, row))) for row in reader if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from None
+    missing = [column for column in ("name", "r", "g", "b") if column not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; the first line must be name,r,g,b")
     names, colors, problems = [], [], []
-    for row in reader:
-        where, name = f"line {reader.line_num}", (row["name"] or "").strip()
+    for line, row in rows:
+        where, name = f"line {line}", row["name"].strip()
         try:
             color = tuple(int(row[channel]) for channel in "rgb")
-        except (TypeError, ValueError):
+        except (KeyError, ValueError):
             color = (-1, -1, -1)
         if not name or not all(0 <= value <= 255 for value in color):
             problems.append(f"{where}: needs a name and three whole numbers from 0 to 255")

@@ -12,11 +12,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside each would compete with the network
 
 
-def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.5, 1.5)) -> A.Compose:
+def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.5, 1.5),
+                    jitter: float = 0.3) -> A.Compose:
     """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 
     crop_size: (height, width) in pixels; smaller frames are padded with the mean colour, their masks with void_id.
-    scale: the range of the factor on both sides. Streets do not hang from the sky: there is no vertical flip.
+    scale: the range of the factor on both sides. jitter: how far brightness, contrast and saturation stray from 1,
+    the hue a tenth of that from 0. Streets do not hang from the sky: there is no vertical flip.
     """
     return A.Compose([
         A.RandomScale((scale[0] - 1, scale[1] - 1), interpolation=cv2.INTER_LINEAR,
@@ -24,7 +26,7 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
         A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random",
                      fill=[round(255 * mean) for mean in IMAGENET_MEAN], fill_mask=void_id),
         A.HorizontalFlip(p=0.5),
-        A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
+        A.ColorJitter(*3 * [(1 - jitter, 1 + jitter)], hue=(-jitter / 10, jitter / 10), p=0.8 if jitter else 0),
         A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         A.ToTensorV2(),
     ])

@@ -1,0 +1,126 @@
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import PALETTE
+
+from datasets import transforms
+from datasets.transforms import eval_transform, train_transform
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+QUARTERS = np.kron([[2, 7], [5, 11]], np.ones((48, 64), int)).astype(np.uint8)  # ids: 2 and 7 above 5 and 11
+CENTRE = np.full((60, 60), 3, np.uint8)
+CENTRE[20:40, 20:40] = 9
+
+
+def draw(count: int, ids: np.ndarray, crop: tuple[int, int], void_id: int = 0, **options):
+    """``count`` augmented samples of a picture painted from ``ids`` -> ((H, W, 3) image in 0-255, (H, W) mask)."""
+    transform = train_transform(crop, void_id, **options)
+    for seed in range(count):
+        transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        sample = transform(image=PALETTE[ids], mask=ids)
+        yield 255 * (sample["image"].permute(1, 2, 0).numpy() * STD + MEAN), sample["mask"].numpy()
+
+
+@pytest.mark.parametrize("void_id", [0, 4, 255])
+@pytest.mark.parametrize("crop", [(32, 48), (96, 128), (300, 40), (17, 211)])
+def test_train_shapes_types_and_ids(crop, void_id):
+    transform = train_transform(crop, void_id)
+    for _ in range(5):
+        sample = transform(image=PALETTE[QUARTERS], mask=QUARTERS)
+        assert sample["image"].shape == (3, *crop) and sample["image"].dtype == torch.float32
+        assert sample["mask"].shape == crop and not sample["mask"].is_floating_point()
+        ids = set(sample["mask"].unique().tolist())
+        assert ids & {2, 5, 7, 11} and ids <= {2, 5, 7, 11, void_id}  # NEAREST makes no id in between
+        assert sample["image"].isfinite().all()
+
+
+def test_image_and_mask_stay_aligned():
+    """Colour jitter turns each class's colour into one other colour, the same all over the image."""
+    for image, mask in draw(40, QUARTERS, (70, 90)):
+        medians = {}
+        for i in np.unique(mask):
+            pixels = image[cv2.erode(np.uint8(mask == i), np.ones((5, 5))) > 0]  # outlines are blends of two colours
+            if len(pixels):
+                medians[i] = np.median(pixels, 0)
+                assert (np.abs(pixels - medians[i]).max(1) < 3).mean() > 0.99
+        assert all(np.abs(medians[i] - medians[j]).max() > 15 for i in medians for j in medians if i < j)
+
+
+def test_padding_is_void_around_the_whole_frame():
+    for image, mask in draw(30, CENTRE, (120, 120), void_id=6):
+        frame = mask != 6
+        rows, columns = np.flatnonzero(frame.any(1)), np.flatnonzero(frame.any(0))
+        assert frame[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()  # one solid rectangle
+        assert 0.24 * 3600 < frame.sum() < 2.3 * 3600
+        assert np.ptp(image[~frame], 0).max() < 2  # one colour; jitter changes it as a whole
+
+
+def test_flips_left_and_right_but_never_upside_down():
+    flipped = []
+    for _, mask in draw(80, QUARTERS, (150, 200)):
+        upper, lower = np.nonzero(np.isin(mask, (2, 7)))[0], np.nonzero(np.isin(mask, (5, 11)))[0]
+        assert upper.max() < lower.min()
+        left, right = np.nonzero(np.isin(mask, (2, 5)))[1], np.nonzero(np.isin(mask, (7, 11)))[1]
+        assert left.max() < right.min() or right.max() < left.min()
+        flipped.append(bool(right.max() < left.min()))
+    assert 20 < sum(flipped) < 60
+
+
+@pytest.mark.parametrize("scale", [None, (0.8, 1.25)])
+def test_scales_both_sides_alike_within_the_range(scale):
+    options = {} if scale is None else {"scale": scale}
+    low, high = scale or (0.5, 1.5)
+    sizes = []
+    for _, mask in draw(60, CENTRE, (130, 130), **options):
+        height, width = (np.ptp(index) + 1 for index in np.nonzero(mask == 9))
+        assert abs(height - width) <= 1 and 20 * low - 1 <= height <= 20 * high + 1
+        sizes.append(height / 20)
+    assert min(sizes) < low + 0.2 * (high - low) and max(sizes) > high - 0.2 * (high - low)
+
+
+def test_crops_reach_every_part():
+    offsets = {tuple(np.argwhere(mask == 9)[0]) for _, mask in draw(40, CENTRE, (50, 50), scale=(1, 1)) if 9 in mask}
+    assert min(y for y, _ in offsets) < 14 and max(y for y, _ in offsets) > 16 and len({x for _, x in offsets}) > 4
+
+
+def test_colour_jitter_is_mild():
+    """Colours differ from sample to sample, on average little."""
+    colors = np.array([np.median(image[mask == 2], 0) for image, mask in draw(40, QUARTERS, (150, 200))])
+    shift = np.abs(colors - PALETTE[2]).max(1)
+    assert (shift > 4).mean() > 0.5 and np.median(shift) < 60
+
+
+@pytest.mark.parametrize("size", [(17, 33), (1, 1), (72, 96)])
+def test_eval_only_normalises(size):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    mask = rng.integers(0, 12, (size[0] + 3, size[1] * 2), dtype=np.uint8)  # a label at its own size stays
+    before = image.copy(), mask.copy()
+    samples = [transform(image=image, mask=mask) for transform in [eval_transform()] * 5 + [eval_transform()]]
+    for sample in samples:
+        assert sample["image"].dtype == torch.float32 and sample["image"].shape == (3, *size)
+        expected = ((image / 255 - MEAN) / STD).transpose(2, 0, 1)
+        np.testing.assert_allclose(sample["image"].numpy(), expected, atol=1e-5)
+        assert torch.equal(sample["image"], samples[0]["image"])
+        assert (sample["mask"].numpy() == mask).all()
+    assert (image == before[0]).all() and (mask == before[1]).all()
+
+
+def test_importing_asks_the_network_for_nothing():
+    watch = ("import sys\n"
+             "def hook(event, args):\n"
+             "    if event.startswith(('socket.connect', 'socket.getaddrinfo', 'urllib')): sys.exit(event)\n"
+             "sys.addaudithook(hook)\n"
+             "import datasets.transforms, os\n"
+             "assert os.environ['NO_ALBUMENTATIONS_UPDATE'] == '1'\n")
+    env = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
+    root = Path(transforms.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", watch], env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
