@@ -21,8 +21,9 @@ FORMAT = 1
 CONFIG_KEYS = ("model", "classes", "normalize", "train")
 # A resumed run restores its schedule and momentum, so flags that contradict them are refused, not ignored.
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
-               "warmup_steps", "batch_size", "grad_accum", "crop_size", "image_size", "scale", "jitter", "class_weights", "loss",
-               "label_smoothing", "ema", "seed")
+               "warmup_steps", "batch_size", "grad_accum", "clip_grad", "crop_size", "image_size", "scale", "jitter",
+               "class_weights", "loss", "label_smoothing", "ema", "seed")
+RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")
 TRAINING_KEYS = ("epoch", "best_miou", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict",
                  "scaler_state_dict", "rng_state", "history")
 
@@ -114,8 +115,9 @@ class Run:
     def epoch(self) -> int:
         return len(self.history)
 
-    def path(self, suffix: str) -> Path:
-        return self.args.checkpoint / f"{self.args.model}_{suffix}"
+    def path(self, name: str) -> Path:
+        """Where the run's file of that name, one of RUN_FILES, lies."""
+        return self.args.checkpoint / f"{self.args.model}_{name}"
 
     def state_dict(self) -> dict:
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}

@@ -77,12 +77,11 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
     Raises NonFiniteLoss, and Interrupted after the step in which ``stop()`` became true.
     """
     model.train()
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     check_every = 1 if device.type == "cpu" else 20  # reading the loss waits for the device
     losses, images_seen, started = [], 0, time.perf_counter()
     bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
     for step, (images, masks) in enumerate(bar):
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         masks = masks.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(images)
@@ -133,7 +132,7 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     """
     metric.reset()
     ignore_index = -100 if metric.ignore_index is None else metric.ignore_index
-    total = torch.zeros((), dtype=torch.float64, device=predictor.device)
+    total = torch.zeros((), device=predictor.device)
     labelled = torch.zeros((), dtype=torch.int64, device=predictor.device)
     for images, masks in tqdm(loader, desc="val", unit="batch", leave=False, disable=None):
         masks = masks.to(predictor.device, non_blocking=True)

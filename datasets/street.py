@@ -244,7 +244,7 @@ def fence(s: Scene, x: float, z: float, length: float, height: float, planks: bo
     if planks:
         s.fill(face[None], color, light)
     s.label.polygon(s.project(face).ravel().tolist(), FENCE)
-    bars = grid(round(abs(length) / step), 1, 0, 0, 0.16 if planks else 0.45, 1)
+    bars = grid(round(abs(length) / step), 1, 0, 0, 0.16 if planks else 0.65, 1)
     s.trim(face, bars, color, light * (0.7 if planks else 1))
     s.trim(face, [(0, 0.88, 1, 1), (0, 0.06, 1, 0.14)], color, light)
 

@@ -53,7 +53,7 @@ def draw_ground(s: Scene) -> None:
     """Pavements, kerbs, the road with its side streets, repairs and markings, then the shadows on all of them."""
     rng, light, grey = s.rng, s.light(0, 1, 0), s.rng.uniform(70, 135)
     asphalt, kerb = pick(rng, ((grey, grey, grey + 3),), 3), pick(rng, ((170, 168, 164), (120, 120, 120)))
-    paving, paint = pick(rng, ((grey * 1.35,) * 3, (168, 156, 138), (154, 124, 104))), pick(rng, ((200, 200, 194),))
+    paving, paint = pick(rng, ((grey * 1.5,) * 3, (168, 156, 138), (154, 124, 104))), pick(rng, ((200, 200, 194),))
     s.fill(ground(-900, 900, 0.8, 400), paving, light, SIDEWALK)
     z = np.geomspace(4, 45, 26)
     s.fill(ground(-30, 30, z, z * 1.006), paving, rng.choice((0.85, 0.95)) * light)
@@ -91,7 +91,7 @@ def plan_side(s: Scene, side: int) -> None:
         elif kind < 0.36 and z < 60:
             color = pick(rng, ((122, 92, 60), (66, 96, 72), (206, 204, 198), (88, 58, 44)))
             s.add(building, x + side * 9, z + length + 0.2, side, z)
-            s.add(fence, x, z + length, length, rng.uniform(1.1, 2.0), rng.random() < 0.75, color)
+            s.add(fence, x, z + length, length, rng.uniform(1.1, 2.0), rng.random() < 0.85, color)
             for beyond in rng.uniform(2, 6, 2):
                 s.add(tree, x + side * beyond, z + length + 0.1, rng.uniform(5, 9))
         else:
@@ -113,7 +113,7 @@ def plan_side(s: Scene, side: int) -> None:
             s.add(fence, s.edge(side, 0.3), z, -3, 1.05, False, color)
     for z in near * rng.uniform(1, 3, rng.integers(0, 3)):
         s.add(clutter, s.edge(side, rng.uniform(0.8, s.pavement)), z, shadow=(0.6, 1.2))
-    for z in near * rng.uniform(1, 1.6, rng.integers(2, 5)):
+    for z in near * rng.uniform(1, 1.4, rng.integers(2, 5)):
         s.add(person, s.edge(side, rng.uniform(0.8, s.pavement - 0.3)), z, shadow=(0.5, 1.7))
     if s.half > 3.2 and rng.random() < 0.75:
         for z in np.arange(near * rng.uniform(0.9, 2.0), 45, rng.uniform(6, 13)):
@@ -149,12 +149,12 @@ def develop(s: Scene) -> tuple[Image.Image, np.ndarray]:
     noise = rng.standard_normal((h, w + 8), np.float32)
     edges = np.zeros(ids.shape, bool)
     edges[1:, 1:] = (ids[1:, 1:] != ids[:-1, 1:]) | (ids[1:, 1:] != ids[1:, :-1])
-    texture = 1 + GRAIN[ids] * (0.5 * mottle + 0.55 * noise[:, :w]) / 128
-    ids[edges & (mottle > 0.9)] = VOID  # annotators leave slivers between things
+    texture = 1 + GRAIN[ids] * (0.5 * mottle + 0.4 * noise[:, :w]) / 128
+    ids[edges & (mottle > 0.5)] = VOID  # annotators leave slivers between things
     gain, bands = rng.uniform(0.9, 1.3), []
     for i, band in enumerate(s.photo.reduce(2).split()):
         pixels = texture * np.asarray(band) * np.float32(gain * s.cast[i])
-        pixels += np.float32(rng.normal(0, 4)) + np.float32(rng.uniform(1, 5)) * noise[:, 3 * i:3 * i + w]
+        pixels += np.float32(rng.normal(0, 4)) + np.float32(rng.uniform(1, 4)) * noise[:, 3 * i:3 * i + w]
         bands.append(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)))
     return Image.merge("RGB", bands).filter(ImageFilter.BoxBlur(rng.uniform(0.1, 0.6) * w / 480)), ids
 
