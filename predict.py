@@ -34,7 +34,7 @@ from visualize import mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
         "save_dir": Path("checkpoint/demo/predictions")}
-IN_FLIGHT = 8  # photographs read ahead, and pictures waiting to be written: enough to hide both, flat in memory
+IN_FLIGHT = 4  # photographs read ahead, and pictures waiting to be written: enough to hide both, flat in memory
 
 
 def yes_or_no(text: str) -> bool:
@@ -53,7 +53,8 @@ def get_args_parser() -> OneLineParser:
                        help="folder for NAME_mask.png and NAME_overlay.png")
     group.add_argument("--overlay", type=yes_or_no, nargs="?", const=True, default=True, metavar="BOOL",
                        help="write overlays")
-    group.add_argument("--no-overlay", dest="overlay", action="store_false", help="write masks alone")
+    group.add_argument("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS,
+                       help="write masks alone")
     group.add_argument("--alpha", type=number_in(0, 1), default=0.5, help="opacity of the colours in overlays")
     group.add_argument("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
     add_inference_flags(parser)
@@ -65,7 +66,7 @@ def find_photos(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
         return [path]
-    names = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern))
+    names = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     photos = sorted(name for name in names if name.suffix.lower() in PHOTO_SUFFIXES and not name.name.startswith("."))
     if not photos:
         what = "no photographs in it" if path.is_dir() else "no such file or folder"

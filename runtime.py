@@ -16,11 +16,18 @@ class UserError(Exception):
     """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with status 2."""
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Prints defaults in the help, and a bad flag as one line without the usage block."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=DefaultsFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -138,8 +145,9 @@ def catch_signals() -> Iterator[StopSignal]:
 
 
 def init_worker(worker_id: int) -> None:
-    """For DataLoader workers: leave Ctrl-C to the main process, and use one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For DataLoader workers: leave signals to the main process, which ends its workers, and use one thread each."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

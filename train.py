@@ -67,14 +67,14 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                        help="mixed precision on CUDA; auto: bf16 where the GPU has it, else fp16")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels, slower on a GPU")
     return parser
 
 
 def add_model_flags(parser: OneLineParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODEL_NAMES, default="unet")
+    group.add_argument("--model", choices=MODEL_NAMES, default="unet", help="network")
     group.add_argument("--width", type=positive_int, metavar="N",
                        help="channels at full size; the model's own when not given: 64, ResNet encoders 16")
     group.add_argument("--pretrained", action="store_true", help="start a ResNet encoder from ImageNet weights")
@@ -82,8 +82,8 @@ def add_model_flags(parser: OneLineParser) -> None:
 
 def add_recipe_flags(parser: OneLineParser) -> None:
     group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=positive_int, default=50)
-    group.add_argument("--batch_size", type=positive_int, default=8)
+    group.add_argument("--epochs", type=positive_int, default=50, help="passes over the training frames")
+    group.add_argument("--batch_size", type=positive_int, default=8, help="crops per step")
     group.add_argument("--crop_size", type=positive_int, nargs="+", default=[224], metavar="PX",
                        help="height and width of training crops, or one number for both")
     group.add_argument("--image_size", type=positive_int, nargs=2, metavar=("H", "W"),
@@ -95,17 +95,19 @@ def add_recipe_flags(parser: OneLineParser) -> None:
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
     group.add_argument("--lr", type=number_in(0, 100, open_low=True),
                        help="of an update; when not given: 0.05 for sgd, 0.001 for adamw")
-    group.add_argument("--momentum", type=number_in(0, 0.9999), default=0.9)
+    group.add_argument("--momentum", type=number_in(0, 0.9999), default=0.9, help="of sgd")
     group.add_argument("--weight-decay", "--weight_decay", type=number_in(0, 10), default=5e-4,
                        help="of convolution weights; norms and biases have none")
-    group.add_argument("--scheduler", choices=("step", "poly", "cosine", "onecycle", "none"), default="step")
+    group.add_argument("--scheduler", choices=("step", "poly", "cosine", "onecycle", "none"), default="step",
+                       help="how the learning rate falls; step is StepLR")
     group.add_argument("--step_size", type=positive_int, metavar="EPOCHS",
                        help="StepLR: epochs between drops; when not given: a fifth of --epochs")
     group.add_argument("--gamma", type=number_in(0, 1, open_low=True), default=0.5, help="StepLR: factor of a drop")
     group.add_argument("--warmup_steps", type=int, default=100, help="updates of linear warm-up")
-    group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce")
-    group.add_argument("--class_weights", choices=("none", "median", "log"), default="log")
-    group.add_argument("--label_smoothing", type=number_in(0, 0.99), default=0.0)
+    group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce", help="cross-entropy, or with soft Dice")
+    group.add_argument("--class_weights", choices=("none", "median", "log"), default="log",
+                       help="of the cross-entropy: median frequency, or 1 / ln(1.02 + share of pixels)")
+    group.add_argument("--label_smoothing", type=number_in(0, 0.99), default=0.0, help="of the cross-entropy")
     group.add_argument("--ema", type=number_in(0, 0.99999), default=0.99,
                        help="decay per update of the averaged weights that are scored and predict; 0: no average")
     group.add_argument("--grad_accum", type=positive_int, default=1, help="batches per update")
@@ -304,9 +306,9 @@ def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype:
     with atomic_path(run.path("panel.png")) as temporary:
         panel_image(rows, classes).save(temporary)
     print(f"\npictures: {run.path('panel.png')} (photograph, label, prediction), {run.path('curves.png')}\nnext:")
-    predict = "--demo" if run.args.demo else f"--image_dir PHOTOS --checkpoint {best}"
-    print(f"  python predict.py {predict}\n"
-          f"  python evaluate.py --data_root {run.args.data_root} --split val --checkpoint {best}")
+    predict = ["--demo"] if run.args.demo else ["--image_dir", "PHOTOS", "--checkpoint", str(best)]
+    evaluate = ["--data_root", str(run.args.data_root), "--split", "val", "--checkpoint", str(best)]
+    print(f"  python predict.py {shlex.join(predict)}\n  python evaluate.py {shlex.join(evaluate)}")
 
 
 def resume_command(run: Run) -> str:

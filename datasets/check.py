@@ -147,7 +147,8 @@ def main(args) -> int:
     if args.data_root is None:
         raise UserError("--data_root DIR is needed")
     classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
-    splits = [split for split in ("train", "val", "test") if any((args.data_root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
+    splits = [split for split in ("train", "val", "test")
+              if any((args.data_root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
     if not splits:
         find_folders(args.data_root, "train")
     reports = [check_split(args.data_root, split, classes, args.label_format) for split in splits]
