@@ -4,10 +4,12 @@ A file holds plain Python types and tensors only and is read with ``weights_only
 stranger's file never executes code.
 """
 import csv
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -24,8 +26,8 @@ FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", 
                "warmup_steps", "batch_size", "grad_accum", "clip_grad", "crop_size", "image_size", "scale", "jitter",
                "class_weights", "loss", "label_smoothing", "ema", "seed")
 RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")
-TRAINING_KEYS = ("epoch", "best_miou", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict",
-                 "scaler_state_dict", "rng_state", "history")
+TRAINING_KEYS = ("epoch", "steps_per_epoch", "best_miou", "ema_state_dict", "optimizer_state_dict",
+                 "scheduler_state_dict", "scaler_state_dict", "rng_state", "history")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -84,6 +86,8 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     weights = state.get("ema_state_dict") or state["model_state_dict"]
     try:
         classes = ClassSet.from_dict(config["classes"])
+        config["normalize"] = {key: [float(x) for x in config["normalize"][key]] for key in ("mean", "std")}
+        classes.to_rgb(np.arange(len(classes)))
         options = {"width": config["model"]["options"]["width"]}  # nothing that could start a download
         model = build_model(config["model"]["name"], len(classes), **options)
         model.load_state_dict(weights)
@@ -119,10 +123,14 @@ class Run:
         """Where the run's file of that name, one of RUN_FILES, lies."""
         return self.args.checkpoint / f"{self.args.model}_{name}"
 
+    def flags(self) -> dict:
+        """Every flag, as plain types."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
+
     def state_dict(self) -> dict:
-        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
         return {
             "epoch": self.epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "best_miou": self.best_miou,
             "model_state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.module.state_dict() if self.ema else None,
@@ -135,7 +143,7 @@ class Run:
                 "model": {"name": self.args.model, "options": {"width": self.model.classifier.in_channels}},
                 "classes": self.classes.to_dict(),
                 "normalize": self.normalize,
-                "train": flags,
+                "train": self.flags(),
             },
         }
 
@@ -143,10 +151,14 @@ class Run:
         """Go on from a _last.pth. Raises UserError if it belongs to another model, class set or recipe."""
         state = load_training_state(path)
         check_same_recipe(path, state["config"], self.args, self.classes)
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise UserError(f"{path}: the training data has changed: an epoch was {state['steps_per_epoch']} updates, "
+                            f"is {self.steps_per_epoch}; start anew with --init_from {path}")
         load_weights(self.model, state["model_state_dict"], path)
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.scheduler.load_state_dict(state["scheduler_state_dict"])
-        self.scaler.load_state_dict(state["scaler_state_dict"])
+        if state["scaler_state_dict"]:  # empty from a run that was not in fp16
+            self.scaler.load_state_dict(state["scaler_state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema_state_dict"])
             self.ema.n_averaged.fill_(state["epoch"] * self.steps_per_epoch)
@@ -155,10 +167,13 @@ class Run:
 
     def save(self, best: bool) -> None:
         """The log first, then _last.pth: a run killed in between repeats the epoch and writes the same row."""
-        with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.history[0].keys())
-            writer.writeheader()
-            writer.writerows(self.history)
+        try:
+            with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.history[0].keys())
+                writer.writeheader()
+                writer.writerows(self.history)
+        except UserError as error:  # such as a table that is open in Excel; the next epoch writes it whole
+            print(f"warning: {error}", file=sys.stderr)
         state = self.state_dict()
         if best:
             save_checkpoint(self.path("best.pth"), state)

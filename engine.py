@@ -3,7 +3,6 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
@@ -59,11 +58,13 @@ def build_scheduler(args, optimizer: Optimizer, steps_per_epoch: int):
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential average of weights and batch-norm statistics whose decay rises to ``decay``."""
-    def average(averaged: list, current: list, count: int) -> None:
+    def average(averaged: list, current: list, _) -> None:
+        count = int(ema.n_averaged)  # on the CPU; the copy handed in lies on the device, and reading it would wait
         keep = min(decay, (1 + count) / (10 + count))  # early weights are far off: forget them soon
         for old, new in zip(averaged, current):
             old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return ema
 
 
 def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, optimizer: Optimizer, scheduler,
@@ -93,9 +94,9 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
         images_seen += len(images)
         last, lr = step + 1 == len(loader), optimizer.param_groups[0]["lr"]
         if last or (step + 1) % check_every == 0:
-            finite = torch.stack(losses).isfinite()
-            if not finite.all():
-                raise NonFiniteLoss(int(finite.logical_not().nonzero()[0]))
+            lost = torch.stack(losses[-check_every:]).isfinite().logical_not().nonzero()
+            if len(lost):
+                raise NonFiniteLoss(max(0, step + 1 - check_every) + int(lost[0]))
             rate = images_seen / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{losses[-1].item():.3f}", lr=f"{lr:.2g}",
                             images_s=f"{rate:.1f}", refresh=False)
@@ -131,15 +132,17 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     after the batch in which ``stop()`` became true.
     """
     metric.reset()
-    ignore_index = -100 if metric.ignore_index is None else metric.ignore_index
+    ignore_index = -1 if metric.ignore_index is None else metric.ignore_index
     total = torch.zeros((), device=predictor.device)
     labelled = torch.zeros((), dtype=torch.int64, device=predictor.device)
     for images, masks in tqdm(loader, desc="val", unit="batch", leave=False, disable=None):
         masks = masks.to(predictor.device, non_blocking=True)
         prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
         metric.update(prob.argmax(1), masks)
-        total += F.nll_loss(prob.clamp_min_(1e-8).log_(), masks, ignore_index=ignore_index, reduction="sum")
-        labelled += (masks != ignore_index).sum()
+        known = masks != ignore_index
+        of_label = prob.gather(1, torch.where(known, masks, 0).unsqueeze(1)).squeeze(1)
+        total -= (of_label.clamp_min(1e-8).log() * known).sum()
+        labelled += known.sum()
         if stop():
             raise Interrupted
     metric.all_reduce()

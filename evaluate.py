@@ -26,6 +26,7 @@ from runtime import (
     run_command,
     select_amp_dtype,
     select_device,
+    whole_number,
 )
 from visualize import save_confusion_matrix
 
@@ -38,7 +39,7 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--split", default="val", help="folder of the split in --data_root: train, val or test")
     group.add_argument("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR",
                        help="folder for metrics.json and confusion_matrix.png")
-    group.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--workers", type=whole_number, default=2, help="loader processes; 0 loads in the main one")
     return parser
 
 
@@ -70,7 +71,7 @@ def metrics_dict(scores: dict, names: tuple[str, ...], ignore_index: int | None,
 def main(args) -> int:
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with val/ and val_labels/")
-    device = select_device(args.device)
+    device, folder = select_device(args.device), make_folder(args.save_dir)
     args.checkpoint = args.checkpoint or default_checkpoint()
     model, trained, config = load_model(args.checkpoint)
     classes = data_classes(args, trained, config["train"])
@@ -81,7 +82,7 @@ def main(args) -> int:
                             config["train"].get("image_size"), native_labels=True)
     loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
-    predictor = Predictor(model.to(device), classes.ignore_index, **config["normalize"], device=device,
+    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
     metric = SegmentationMetric(len(classes), classes.void_id)
     validate(predictor, loader, metric)
@@ -89,7 +90,6 @@ def main(args) -> int:
     print(f"{args.checkpoint} on {args.split} of {args.data_root}, {len(dataset)} images"
           f"{'' if args.tta == 'none' else f', averaged over {args.tta}'}")
     print(score_table(scores, classes.names, classes.ignore_index))
-    folder = make_folder(args.save_dir)
     with atomic_path(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics_dict(scores, classes.names, classes.ignore_index, len(dataset)),
                                         indent=2) + "\n")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from runtime import OneLineParser, autocast, positive_int
 
+TILE = 1024  # pixels a side that a network of width 64 holds in about 2 GB
 TTA = {
     "none": [(1.0, False)],
     "flip": [(1.0, False), (1.0, True)],
@@ -22,7 +23,7 @@ def add_inference_flags(parser: OneLineParser) -> None:
     group.add_argument("--checkpoint", type=Path, metavar="FILE",
                        help="trained model; when not given: the newest checkpoint/*_best.pth")
     group.add_argument("--tta", choices=TTA, default="none", help="average over mirrored and resized views")
-    group.add_argument("--tile", type=tile_size, default=1024, metavar="PX",
+    group.add_argument("--tile", type=tile_size, default=TILE, metavar="PX",
                        help="larger images go through in overlapping tiles of this size; 0: never")
     group.add_argument("--batch_size", type=positive_int, default=4, help="images of one size at a time")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
@@ -46,7 +47,7 @@ class Predictor:
 
     def __init__(self, model: nn.Module, ignore_index: int | None, mean: tuple[float, ...], std: tuple[float, ...],
                  device: torch.device, amp_dtype: torch.dtype | None = None, tta: str = "none", tile: int = 0):
-        self.model = model
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.ignore_index = ignore_index
         self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
         self.device = device

@@ -21,8 +21,9 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
         logits = logits.float()  # sums over many pixels lose small terms in half precision
-        loss = F.cross_entropy(logits, mask, self.weight, ignore_index=self.ignore_index, reduction="sum",
-                               label_smoothing=self.label_smoothing)
+        # One row a pixel: CUDA's kernel for (N, C, H, W) has no deterministic variant.
+        loss = F.cross_entropy(logits.movedim(1, -1).flatten(0, 2), mask.flatten(), self.weight, reduction="sum",
+                               ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
         weight = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight
         labelled = mask != self.ignore_index
         loss = loss / (weight[torch.where(labelled, mask, 0)] * labelled).sum().clamp_min(1e-6)

@@ -189,7 +189,7 @@ def main(args) -> int:
     if args.save_dir.resolve() in {photo.parent.resolve() for photo in photos}:
         raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
     make_folder(args.save_dir)
-    predictor = Predictor(model.to(device), classes.ignore_index, **config["normalize"], device=device,
+    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
     print(f"{checkpoint} on {len(photos)} photograph{'s' * (len(photos) > 1)}", flush=True)
     pixels, broken = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(f"{parser.prog}: error: the GPU is out of memory; lower --batch_size, --crop_size, --width or --tile",
+              file=sys.stderr)
+        return 1
+    except Exception:
+        # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
+        traceback.print_exc()
+        return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -51,6 +60,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number of at least 0 that fits a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {2**32 - 1}")
     return value
 
 
@@ -67,11 +84,14 @@ def number_in(low: float, high: float, open_low: bool = False) -> Callable[[str]
 
 def select_device(name: str) -> torch.device:
     """``auto`` takes CUDA, then Apple's MPS, then the CPU. Raises UserError where the named one is missing."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name.split(":")[0], False):
+        name = next(kind for kind in ("cuda", "mps", "cpu") if count[kind])
+    kind, _, index = name.partition(":")
+    if kind not in count or not (index or "0").isdecimal() or int(index or 0) >= count[kind]:
         raise UserError(f"--device {name} is not available here; use --device auto or cpu")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
     return torch.device(name)
 
 
@@ -107,7 +127,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 def rng_state() -> dict:
     """The torch random states, as tensors that a checkpoint can hold."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict) -> None:

@@ -5,6 +5,7 @@
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -22,7 +23,7 @@ from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 from engine import Interrupted, NonFiniteLoss, build_ema, build_optimizer, build_scheduler, train_one_epoch, validate
-from inference import Predictor
+from inference import TILE, Predictor
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
 from model import MODEL_NAMES, build_model
@@ -39,6 +40,7 @@ from runtime import (
     seed_everything,
     select_amp_dtype,
     select_device,
+    whole_number,
 )
 from visualize import panel_image, save_curves
 
@@ -62,12 +64,12 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from a _last.pth; auto takes the one in --checkpoint where there is one")
     group.add_argument("--init_from", type=Path, metavar="FILE", help="start from these weights alone")
-    group.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--workers", type=whole_number, default=2, help="loader processes; 0 loads in the main one")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                        help="mixed precision on CUDA; auto: bf16 where the GPU has it, else fp16")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    group.add_argument("--seed", type=whole_number, default=0, help="of weights, order and augmentation")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels, slower on a GPU")
     return parser
 
@@ -103,7 +105,7 @@ def add_recipe_flags(parser: OneLineParser) -> None:
     group.add_argument("--step_size", type=positive_int, metavar="EPOCHS",
                        help="StepLR: epochs between drops; when not given: a fifth of --epochs")
     group.add_argument("--gamma", type=number_in(0, 1, open_low=True), default=0.5, help="StepLR: factor of a drop")
-    group.add_argument("--warmup_steps", type=int, default=100, help="updates of linear warm-up")
+    group.add_argument("--warmup_steps", type=whole_number, default=100, help="updates of linear warm-up")
     group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce", help="cross-entropy, or with soft Dice")
     group.add_argument("--class_weights", choices=("none", "median", "log"), default="log",
                        help="of the cross-entropy: median frequency, or 1 / ln(1.02 + share of pixels)")
@@ -124,11 +126,10 @@ def resolve_flags(args) -> None:
         raise UserError(f"--crop_size {given}: give one or two numbers, for {args.model} of at least {smallest}")
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller number comes first")
-    if args.resume and args.init_from:
+    if args.resume not in (None, "auto") and args.init_from:
         raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
-    if args.workers < 0 or args.warmup_steps < 0:
-        raise UserError("--workers and --warmup_steps cannot be negative")
     args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
+    args.width = args.width or (64 if args.model == "unet" else 16)
     args.lr = args.lr or (0.05 if args.optimizer == "sgd" else 0.001)
     args.step_size = args.step_size or max(1, args.epochs // 5)
 
@@ -143,17 +144,20 @@ def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin:
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.image_size,
                             native_labels=True)
     sampler = EpochSampler(len(train_set), args.seed)
-    val_batch = args.batch_size if len(reports["val"].sizes) == 1 else 1
+    sizes = reports["val"].sizes
+    val_batch = min(4, args.batch_size, max(1, TILE**2 // max(h * w for h, w in sizes))) if len(sizes) == 1 else 1
     return (DataLoader(train_set, args.batch_size, sampler=sampler, **common),
-            DataLoader(val_set, min(val_batch, 4), **common))
+            DataLoader(val_set, val_batch, **common))
 
 
 def set_earlier_run_aside(run: Run) -> None:
     """Move the files of an earlier run into a folder of their own: training never costs a model."""
-    if not run.path("last.pth").exists():
+    files = [path for path in map(run.path, RUN_FILES) if path.exists()]
+    if not files:
         return
+    run.best_miou = -1.0  # of a run that goes on from elsewhere: the first epoch here is this folder's best
     aside = make_folder(run.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}"))
-    for path in filter(Path.exists, map(run.path, RUN_FILES)):
+    for path in files:
         path.rename(aside / path.name)
     print(f"moved the earlier run in {run.args.checkpoint} to {aside}")
 
@@ -172,8 +176,8 @@ class TimeEstimate:
     def __call__(self, epoch: int, step: int) -> None:
         if self.first < 1 or step not in (0, self.first):
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         if step == 0:
             self.started = time.perf_counter()
             return
@@ -196,10 +200,9 @@ def format_time(seconds: float) -> str:
 
 def build_run(args, classes: ClassSet, device: torch.device, steps: int) -> Run:
     """Model, optimiser, schedule, scaler and average, from scratch, from --init_from or from --resume."""
-    options = {"width": args.width} if args.width else {}
-    options |= {"pretrained": True} if args.pretrained else {}
-    model = build_model(args.model, len(classes), **options)
-    if args.init_from:
+    pretrained = {"pretrained": True} if args.pretrained and not args.resume else {}
+    model = build_model(args.model, len(classes), width=args.width, **pretrained)
+    if args.init_from and not args.resume:
         state = load_checkpoint(args.init_from)
         load_weights(model, state.get("ema_state_dict") or state["model_state_dict"], args.init_from)
     model.to(device, memory_format=torch.channels_last)  # a fifth faster than the default, on CPUs too
@@ -208,9 +211,8 @@ def build_run(args, classes: ClassSet, device: torch.device, steps: int) -> Run:
     run = Run(args, classes, model, optimizer, build_scheduler(args, optimizer, steps),
               torch.amp.GradScaler(device.type, enabled=fp16), build_ema(model, args.ema) if args.ema else None,
               steps, {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)})
-    last = run.path("last.pth")
-    if args.resume and (args.resume != "auto" or last.is_file()):
-        run.restore(last if args.resume == "auto" else Path(args.resume))
+    if args.resume:
+        run.restore(Path(args.resume))
         print(f"resumed after epoch {run.epoch}, best val mIoU {run.best_miou:.3f}")
     return run
 
@@ -222,19 +224,23 @@ def main(args) -> int:
     device = select_device(args.device)
     amp_dtype = select_amp_dtype(args.amp, device)
     seed_everything(args.seed, args.deterministic)
+    last = args.checkpoint / f"{args.model}_last.pth"
+    if args.resume == "auto":
+        args.resume = str(last) if last.is_file() else None
     classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
     reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
     train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
     make_folder(args.checkpoint)
     run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum))
-    if run.epoch == 0 and not args.demo:
+    goes_on_here = args.resume and Path(args.resume).resolve() == last.resolve()
+    if not goes_on_here and args.checkpoint != DEMO["checkpoint"]:
         set_earlier_run_aside(run)
     for report in reports.values():
         print(f"{report.split}: {report.pairs} pairs" + (f"\n{stray_line(report)}" if report.stray else ""))
     print(f"{args.model}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, "
           f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
     with atomic_path(run.path("args.json")) as temporary:
-        temporary.write_text(json.dumps(run.state_dict()["config"]["train"], indent=2) + "\n")
+        temporary.write_text(json.dumps(run.flags(), indent=2) + "\n")
     status = fit(run, train_loader, val_loader, reports, device, amp_dtype)
     if run.history:
         save_curves(run.history, run.path("curves.png"))
@@ -252,7 +258,8 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
     loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)
     metric = SegmentationMetric(len(classes), classes.void_id)
     scored_model = run.ema.module if run.ema else run.model
-    predictor = Predictor(scored_model, classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype)
+    predictor = Predictor(scored_model, classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype,
+                          tile=TILE)
     network = torch.compile(run.model) if args.compile else run.model
     val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())
     estimate = TimeEstimate(args, len(train_loader), val_pixels)
@@ -267,13 +274,15 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
                     stop=lambda: bool(stop), on_step=lambda step: estimate(run.epoch, step),
                     description=f"epoch {epoch}/{args.epochs}")
                 val_loss = validate(predictor, val_loader, metric, stop=lambda: bool(stop))
+                scores = metric.compute()
+                if math.isnan(val_loss) and scores["pixels"].sum():  # the last update of the epoch diverged
+                    raise NonFiniteLoss(len(train_loader) - 1)
             except Interrupted:
                 print(f"\nstopped in epoch {epoch}; {resume_command(run)}", file=sys.stderr)
                 return 128 + stop.number
             except NonFiniteLoss as error:
                 print(f"train.py: error: {describe_lost_loss(error.step, epoch, train_loader)}", file=sys.stderr)
                 return 1
-            scores = metric.compute()
             record(run, {"epoch": epoch, **row, "val_loss": val_loss, "val_miou": scores["miou"],
                          "val_pixel_accuracy": scores["pixel_accuracy"], "seconds": time.perf_counter() - started})
     return 0
@@ -294,8 +303,9 @@ def record(run: Run, row: dict) -> None:
 def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Score the best checkpoint as it lies on the disk: per-class table, a panel of three frames, what to run next."""
     best = run.path("best.pth")
-    model, classes, _ = load_model(best)
-    predictor = Predictor(model.to(device), classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype)
+    model, classes, config = load_model(best)
+    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device, amp_dtype=amp_dtype,
+                          tile=TILE)
     metric, val_set = SegmentationMetric(len(classes), classes.void_id), val_loader.dataset
     validate(predictor, val_loader, metric)
     print(f"\nbest epoch, {best}:\n{score_table(metric.compute(), classes.names, classes.ignore_index)}")
@@ -314,7 +324,7 @@ def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype:
 def resume_command(run: Run) -> str:
     if not run.history:
         return "no epoch was finished, so there is nothing to resume"
-    flags = sys.argv[1:] + ([] if run.args.resume else ["--resume", "auto"])
+    flags = [*sys.argv[1:], "--resume", "auto"]
     return f"{run.path('last.pth')} holds epoch {run.epoch}. To go on:\n  python train.py {shlex.join(flags)}"
 
 

@@ -167,7 +167,7 @@ class CamVidDataset(Dataset):
             raise UserError(f"{root}: {len(problems)} problems\n  " + "\n  ".join(problems))
         self.classes = classes
         self.transform = transform
-        self.label_format = resolve_label_format(label_format, label_dir)
+        self.label_format = resolve_label_format(label_format, label_dir, classes)
         self.image_size = image_size
         self.native_labels = native_labels
 
@@ -195,11 +195,13 @@ class CamVidDataset(Dataset):
         return sample["image"], sample["mask"].long()
 
 
-def resolve_label_format(label_format: str, label_dir: Path) -> str:
-    """``auto`` reads a folder called …annot as SegNet's ids, any other as colours."""
+def resolve_label_format(label_format: str, label_dir: Path, classes: ClassSet) -> str:
+    """``auto`` reads a folder called …annot as ids, SegNet's where the classes are CamVid's, any other as colours."""
     if label_format != "auto":
         return label_format
-    return "segnet" if label_dir.name.endswith("annot") else "rgb"
+    if not label_dir.name.endswith("annot"):
+        return "rgb"
+    return "segnet" if classes == CAMVID else "ids"
 
 
 class EpochSampler(Sampler):

@@ -40,12 +40,16 @@ class SplitReport:
 
 
 def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto") -> SplitReport:
-    """Decode every file of a split. Raises UserError only where its folders are missing."""
+    """Decode every file of a split; what is wrong with it, missing folders too, is in the report's problems."""
     report = SplitReport(split)
-    photo_dir, label_dir = find_folders(root, split)
+    try:
+        photo_dir, label_dir = find_folders(root, split)
+    except UserError as error:
+        report.problems.append(str(error))
+        return report
     pairs, report.problems = find_pairs(photo_dir, label_dir)
     report.pairs = len(pairs)
-    label_format = resolve_label_format(label_format, label_dir)
+    label_format = resolve_label_format(label_format, label_dir, classes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases Python's lock
         for pair, result in zip(pairs, pool.map(lambda pair: _check_pair(pair, classes, label_format), pairs)):
             if isinstance(result, str):
@@ -97,11 +101,15 @@ def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_
 
 def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
     """Reports by split. Raises UserError with every problem of all splits, one a line."""
+    if not Path(root).is_dir():
+        raise UserError(f"--data_root {root}: no such folder")
     reports = {split: check_split(root, split, classes, label_format) for split in splits}
     problems = [problem for report in reports.values() for problem in report.problems]
+    if len(problems) == 1:
+        raise UserError(problems[0])
     if problems:
         listed = problems[:50] + ([f"… and {len(problems) - 50} more"] if len(problems) > 50 else [])
-        raise UserError(f"{root}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(listed))
+        raise UserError(f"{root}: {len(problems)} problems\n  " + "\n  ".join(listed))
     return reports
 
 

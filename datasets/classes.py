@@ -64,13 +64,15 @@ class ClassSet:
     def ignoring(self, name: str | None) -> "ClassSet":
         """The same classes with the one called ``name`` ignored (case does not matter); None: as it is.
 
-        Raises UserError if there is no such class.
+        Raises UserError if there is no such class, or another one is ignored already.
         """
         if name is None:
             return self
         lowered = [n.lower() for n in self.names]
         if name.lower() not in lowered:
             raise UserError(f"--ignore_class {name}: no such class; there are {', '.join(self.names)}")
+        if self.ignore_index not in (None, lowered.index(name.lower())):
+            raise UserError(f"--ignore_class {name}: {self.names[self.ignore_index]} is ignored already")
         return ClassSet(self.names, self.colors, lowered.index(name.lower()), self.aliases)
 
     @classmethod
@@ -109,7 +111,7 @@ def _read_csv(path: Path) -> tuple[tuple[str, ...], tuple[Color, ...]]:
         raise UserError(f"{path}: no column {', '.join(missing)}; the first line must be name,r,g,b")
     names, colors, problems = [], [], []
     for line, row in rows:
-        where, name = f"line {line}", row["name"].strip()
+        where, name = f"line {line}", row.get("name", "").strip()
         try:
             color = tuple(int(row[channel]) for channel in "rgb")
         except (KeyError, ValueError):

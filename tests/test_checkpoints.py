@@ -73,7 +73,7 @@ def test_resumed_run_goes_on_as_if_never_stopped(tmp_path):
 def test_file_describes_itself(saved):
     state = torch.load(saved.path("last.pth"), weights_only=True)
     parts = ("model", "ema", "optimizer", "scheduler", "scaler")
-    assert state.keys() == {"format", "epoch", "best_miou", "rng_state", "history", "config",
+    assert state.keys() == {"format", "epoch", "steps_per_epoch", "best_miou", "rng_state", "history", "config",
                             *(f"{part}_state_dict" for part in parts)}
     config = state["config"]
     assert (state["epoch"], state["best_miou"], state["history"]) == (2, 0.5, saved.history)

@@ -109,6 +109,17 @@ def test_new_run_sets_the_earlier_one_aside(trained, data, tmp_path):
     assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_last.pth")] == [b"precious"]
 
 
+def test_resuming_elsewhere_sets_aside_what_lies_there(trained, data, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "unet_best.pth").write_bytes(b"precious")
+    last = trained / "checkpoint" / "unet_last.pth"
+    done = run("train.py", "--data_root", data, *SMALL, "--epochs", 3, "--resume", last, cwd=tmp_path)
+    assert "resumed after epoch 2" in done.stdout
+    assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_best.pth")] == [b"precious"]
+    assert torch.load(folder / "unet_best.pth", weights_only=True)["epoch"] == 3
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX systems")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_after_the_step_with_a_resume_command(data, tmp_path, number):
@@ -186,6 +197,10 @@ def test_predict_starts_without_what_only_training_needs():
     ("train.py", ["--data_root", "{data}", "--lr", "fast"], "--lr"),
     ("train.py", ["--data_root", "{data}", "--crop_size", "8"], "--crop_size"),
     ("train.py", ["--data_root", "{data}", "--device", "tpu"], "--device tpu"),
+    ("train.py", ["--data_root", "{data}", "--device", "cpu:one"], "--device cpu:one"),
+    ("train.py", ["--data_root", "{data}", "--resume", "auto", "--lr", "0.7"], "--lr"),
+    ("train.py", ["--data_root", "{data}", "--seed", "-1"], "--seed"),
+    ("train.py", ["--data_root", "{data}", "--ignore_class", "Pole"], "Unlabelled is ignored already"),
     ("evaluate.py", ["--data_root", "{data}", "--split", "holdout"], "holdout"),
     ("evaluate.py", ["--data_root", "{data}", "--data_name", "camvid32"], "12 classes"),
     ("predict.py", ["--image_dir", "nowhere"], "nowhere"),
