@@ -14,11 +14,11 @@ class SegmentationMetric:
     def __init__(self, num_classes: int, ignore_index: int | None = None):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
-        self.counts = None  # (C + 1, C + 1) int64 on the device of the first update; the last ones are the illegal ids
+        # (C + 1, C + 1) int64 on the device of the updates; the last row and column count illegal ids.
+        self.counts: Tensor | None = None
 
     def update(self, pred: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
         """Count a batch of any equal shape of integer ids, on the device of ``pred`` and without a copy to the host.
