@@ -71,7 +71,7 @@ def metrics_dict(scores: dict, names: tuple[str, ...], ignore_index: int | None,
 def main(args) -> int:
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with val/ and val_labels/")
-    device, folder = select_device(args.device), make_folder(args.save_dir)
+    device = select_device(args.device)
     args.checkpoint = args.checkpoint or default_checkpoint()
     model, trained, config = load_model(args.checkpoint)
     classes = data_classes(args, trained, config["train"])
@@ -84,7 +84,7 @@ def main(args) -> int:
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
-    metric = SegmentationMetric(len(classes), classes.void_id)
+    metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
     validate(predictor, loader, metric)
     scores = metric.compute()
     print(f"{args.checkpoint} on {args.split} of {args.data_root}, {len(dataset)} images"

@@ -35,7 +35,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
-    """Call ``main(args)``; return its exit status, or 2 after printing a UserError as one line on stderr."""
+    """Call ``main(args)`` and return its exit status: after a UserError, printed as one line on stderr, it is 2, after
+    any other failure 1, after Ctrl-C 130.
+    """
     args = parser.parse_args()
     try:
         return main(args) or 0

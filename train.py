@@ -155,7 +155,6 @@ def set_earlier_run_aside(run: Run) -> None:
     files = [path for path in map(run.path, RUN_FILES) if path.exists()]
     if not files:
         return
-    run.best_miou = -1.0  # of a run that goes on from elsewhere: the first epoch here is this folder's best
     aside = make_folder(run.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}"))
     for path in files:
         path.rename(aside / path.name)
@@ -232,9 +231,10 @@ def main(args) -> int:
     train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
     make_folder(args.checkpoint)
     run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum))
-    goes_on_here = args.resume and Path(args.resume).resolve() == last.resolve()
-    if not goes_on_here and args.checkpoint != DEMO["checkpoint"]:
-        set_earlier_run_aside(run)
+    if not args.resume or Path(args.resume).resolve() != last.resolve():
+        run.best_miou = -1.0  # where a run goes on from another folder, this folder's best is yet to come
+        if args.checkpoint != DEMO["checkpoint"]:
+            set_earlier_run_aside(run)
     for report in reports.values():
         print(f"{report.split}: {report.pairs} pairs" + (f"\n{stray_line(report)}" if report.stray else ""))
     print(f"{args.model}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, "
@@ -258,7 +258,7 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
     loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)
     metric = SegmentationMetric(len(classes), classes.void_id)
     scored_model = run.ema.module if run.ema else run.model
-    predictor = Predictor(scored_model, classes.ignore_index, IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype,
+    predictor = Predictor(scored_model, classes.ignore_index, **run.normalize, device=device, amp_dtype=amp_dtype,
                           tile=TILE)
     network = torch.compile(run.model) if args.compile else run.model
     val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())

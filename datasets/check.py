@@ -101,10 +101,9 @@ def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_
 
 def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
     """Reports by split. Raises UserError with every problem of all splits, one a line."""
-    if not Path(root).is_dir():
-        raise UserError(f"--data_root {root}: no such folder")
     reports = {split: check_split(root, split, classes, label_format) for split in splits}
-    problems = [problem for report in reports.values() for problem in report.problems]
+    # Each once: every split says it where the root itself is missing.
+    problems = list(dict.fromkeys(problem for report in reports.values() for problem in report.problems))
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:

@@ -109,6 +109,13 @@ def test_new_run_sets_the_earlier_one_aside(trained, data, tmp_path):
     assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_last.pth")] == [b"precious"]
 
 
+def test_resuming_into_an_empty_folder_starts_its_own_best(trained, data, tmp_path):
+    state = torch.load(trained / "checkpoint" / "unet_last.pth", weights_only=True)
+    torch.save({**state, "best_miou": 0.99}, tmp_path / "elsewhere.pth")  # out of reach for what follows
+    run("train.py", "--data_root", data, *SMALL, "--epochs", 3, "--resume", tmp_path / "elsewhere.pth", cwd=tmp_path)
+    assert torch.load(tmp_path / "checkpoint" / "unet_last.pth", weights_only=True)["best_miou"] < 0.5
+
+
 def test_resuming_elsewhere_sets_aside_what_lies_there(trained, data, tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
