@@ -1,7 +1,9 @@
 """What every command needs around the network: errors in one line, the device, the precision, seeds, signals."""
 import argparse
 import contextlib
+import ctypes
 import os
+import platform
 import random
 import signal
 import sys
@@ -125,6 +127,14 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse what tensors free: fresh pages, cleared by the kernel, cost a fifth of a CPU training step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back before the end
 
 
 def rng_state() -> dict:

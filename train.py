@@ -10,11 +10,11 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checkpoints import RUN_FILES, Run, load_checkpoint, load_model, load_weights
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
@@ -22,7 +22,16 @@ from datasets.check import SplitReport, add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
-from engine import Interrupted, NonFiniteLoss, build_ema, build_optimizer, build_scheduler, train_one_epoch, validate
+from engine import (
+    Interrupted,
+    NonFiniteLoss,
+    TimeEstimate,
+    build_ema,
+    build_optimizer,
+    build_scheduler,
+    train_one_epoch,
+    validate,
+)
 from inference import TILE, Predictor
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
@@ -33,6 +42,7 @@ from runtime import (
     atomic_path,
     catch_signals,
     init_worker,
+    keep_freed_memory,
     make_folder,
     number_in,
     positive_int,
@@ -44,7 +54,6 @@ from runtime import (
 )
 from visualize import panel_image, save_curves
 
-LONG_RUN = 2 * 3600  # seconds
 # The demo has three minutes on two CPU cores: small frames, many small steps, a schedule that ends in time.
 DEMO_SCENES, DEMO_SIZE = {"train": 300, "val": 40, "test": 8}, (192, 144)
 DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 8, "epochs": 16,
@@ -64,6 +73,8 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from a _last.pth; auto takes the one in --checkpoint where there is one")
     group.add_argument("--init_from", type=Path, metavar="FILE", help="start from these weights alone")
+    group.add_argument("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+                       help="epochs between validations; the last epoch always has one")
     group.add_argument("--workers", type=whole_number, default=2, help="loader processes; 0 loads in the main one")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
@@ -161,44 +172,11 @@ def set_earlier_run_aside(run: Run) -> None:
     print(f"moved the earlier run in {run.args.checkpoint} to {aside}")
 
 
-class TimeEstimate:
-    """After the first steps, says how long the run will take; over two hours, also what shortens it."""
+def build_run(args, classes: ClassSet, device: torch.device, steps: int, sizes: Iterable[tuple[int, int]]) -> Run:
+    """Model, optimiser, schedule, scaler and average, from scratch, from --init_from or from --resume.
 
-    def __init__(self, args, steps: int, val_pixels: int):
-        self.args, self.steps = args, steps
-        # A forward pass costs about a third of a training step on the same pixels.
-        crop_pixels = args.batch_size * args.crop_size[0] * args.crop_size[1]
-        self.val_steps = val_pixels / crop_pixels / 3
-        self.first = min(6, steps - 1)
-        self.started = 0.0
-
-    def __call__(self, epoch: int, step: int) -> None:
-        if self.first < 1 or step not in (0, self.first):
-            return
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        if step == 0:
-            self.started = time.perf_counter()
-            return
-        step_seconds = (time.perf_counter() - self.started) / self.first
-        epoch_seconds = step_seconds * (self.steps + self.val_steps)
-        total = epoch_seconds * (self.args.epochs - epoch)
-        self.first = 0
-        tqdm.write(f"about {format_time(epoch_seconds)} an epoch, {format_time(total)} to epoch {self.args.epochs}")
-        if total > LONG_RUN:
-            tqdm.write("to shorten that: --width 16 or 32 (half the width takes about a third of the time), fewer "
-                       "--epochs, a smaller --crop_size, a GPU")
-        sys.stdout.flush()
-
-
-def format_time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def build_run(args, classes: ClassSet, device: torch.device, steps: int) -> Run:
-    """Model, optimiser, schedule, scaler and average, from scratch, from --init_from or from --resume."""
+    steps: updates an epoch. sizes: (height, width) of the training frames.
+    """
     pretrained = {"pretrained": True} if args.pretrained and not args.resume else {}
     model = build_model(args.model, len(classes), width=args.width, **pretrained)
     if args.init_from and not args.resume:
@@ -209,7 +187,8 @@ def build_run(args, classes: ClassSet, device: torch.device, steps: int) -> Run:
     fp16 = select_amp_dtype(args.amp, device) == torch.float16
     run = Run(args, classes, model, optimizer, build_scheduler(args, optimizer, steps),
               torch.amp.GradScaler(device.type, enabled=fp16), build_ema(model, args.ema) if args.ema else None,
-              steps, {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)})
+              steps, {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+              max(args.image_size or (max(size) for size in sizes)))
     if args.resume:
         run.restore(Path(args.resume))
         print(f"resumed after epoch {run.epoch}, best val mIoU {run.best_miou:.3f}")
@@ -223,6 +202,8 @@ def main(args) -> int:
     device = select_device(args.device)
     amp_dtype = select_amp_dtype(args.amp, device)
     seed_everything(args.seed, args.deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
     last = args.checkpoint / f"{args.model}_last.pth"
     if args.resume == "auto":
         args.resume = str(last) if last.is_file() else None
@@ -230,7 +211,7 @@ def main(args) -> int:
     reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
     train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
     make_folder(args.checkpoint)
-    run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum))
+    run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum), reports["train"].sizes)
     if not args.resume or Path(args.resume).resolve() != last.resolve():
         run.best_miou = -1.0  # where a run goes on from another folder, this folder's best is yet to come
         if args.checkpoint != DEMO["checkpoint"]:
@@ -259,7 +240,7 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
     metric = SegmentationMetric(len(classes), classes.void_id)
     scored_model = run.ema.module if run.ema else run.model
     predictor = Predictor(scored_model, classes.ignore_index, **run.normalize, device=device, amp_dtype=amp_dtype,
-                          tile=TILE)
+                          tile=TILE, max_side=run.max_side)
     network = torch.compile(run.model) if args.compile else run.model
     val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())
     estimate = TimeEstimate(args, len(train_loader), val_pixels)
@@ -273,30 +254,35 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
                     amp_dtype=amp_dtype, grad_accum=args.grad_accum, clip_grad=args.clip_grad, ema=run.ema,
                     stop=lambda: bool(stop), on_step=lambda step: estimate(run.epoch, step),
                     description=f"epoch {epoch}/{args.epochs}")
-                val_loss = validate(predictor, val_loader, metric, stop=lambda: bool(stop))
-                scores = metric.compute()
-                if math.isnan(val_loss) and scores["pixels"].sum():  # the last update of the epoch diverged
-                    raise NonFiniteLoss(len(train_loader) - 1)
+                val = {}
+                if epoch % args.val_every == 0 or epoch == args.epochs:
+                    val_loss = validate(predictor, val_loader, metric, stop=lambda: bool(stop))
+                    scores = metric.compute()
+                    if math.isnan(val_loss) and scores["pixels"].sum():  # the last update of the epoch diverged
+                        raise NonFiniteLoss(len(train_loader) - 1)
+                    val = {"val_loss": val_loss, "val_miou": scores["miou"],
+                           "val_pixel_accuracy": scores["pixel_accuracy"]}
             except Interrupted:
                 print(f"\nstopped in epoch {epoch}; {resume_command(run)}", file=sys.stderr)
                 return 128 + stop.number
             except NonFiniteLoss as error:
                 print(f"train.py: error: {describe_lost_loss(error.step, epoch, train_loader)}", file=sys.stderr)
                 return 1
-            record(run, {"epoch": epoch, **row, "val_loss": val_loss, "val_miou": scores["miou"],
-                         "val_pixel_accuracy": scores["pixel_accuracy"], "seconds": time.perf_counter() - started})
+            record(run, {"epoch": epoch, **row, "seconds": time.perf_counter() - started, **val})
     return 0
 
 
 def record(run: Run, row: dict) -> None:
     """Print an epoch's line and save the run after it."""
     run.history.append({key: value if isinstance(value, int) else round(value, 6) for key, value in row.items()})
-    score = row["val_miou"] if row["val_miou"] == row["val_miou"] else 0.0  # NaN: no labelled pixel in val
-    best = score > run.best_miou or not run.path("best.pth").exists()
-    run.best_miou = max(score, run.best_miou)
+    best, scores = False, ""
+    if "val_miou" in row:
+        score = row["val_miou"] if row["val_miou"] == row["val_miou"] else 0.0  # NaN: no labelled pixel in val
+        best = score > run.best_miou or not run.path("best.pth").exists()
+        run.best_miou = max(score, run.best_miou)
+        scores = "val loss {val_loss:.3f}  val mIoU {val_miou:.3f}  acc {val_pixel_accuracy:.3f}  ".format(**row)
     run.save(best)
-    print(f"epoch {row['epoch']:>3}/{run.args.epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
-          f"val mIoU {row['val_miou']:.3f}  acc {row['val_pixel_accuracy']:.3f}  lr {row['lr']:.2g}  "
+    print(f"epoch {row['epoch']:>3}/{run.args.epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
           f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s{'  *best' if best else ''}", flush=True)
 
 
@@ -305,7 +291,7 @@ def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype:
     best = run.path("best.pth")
     model, classes, config = load_model(best)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device, amp_dtype=amp_dtype,
-                          tile=TILE)
+                          tile=TILE, max_side=config["max_side"])
     metric, val_set = SegmentationMetric(len(classes), classes.void_id), val_loader.dataset
     validate(predictor, val_loader, metric)
     print(f"\nbest epoch, {best}:\n{score_table(metric.compute(), classes.names, classes.ignore_index)}")

@@ -41,11 +41,11 @@ def _figure(**kwargs):
 def save_curves(history: list[dict], path: Path) -> None:
     """Losses, mIoU and learning rate by epoch, as a PNG."""
     figure = _figure(figsize=(12, 3.5), dpi=100)
-    epochs = [row["epoch"] for row in history]
     for axes, title, keys in zip(figure.subplots(1, 3), ("loss", "val mIoU", "learning rate"),
                                  (("train_loss", "val_loss"), ("val_miou",), ("lr",))):
         for key in keys:
-            axes.plot(epochs, [row[key] for row in history], label=key, marker="." if len(epochs) < 20 else "")
+            points = [(row["epoch"], row[key]) for row in history if key in row]  # not every epoch is validated
+            axes.plot(*zip(*points), label=key, marker="." if len(points) < 20 else "")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if len(keys) > 1:

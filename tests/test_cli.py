@@ -72,6 +72,14 @@ def test_training_leaves_its_files(trained):
     assert state["best_miou"] == pytest.approx(max(float(row["val_miou"]) for row in log), abs=1e-6)
 
 
+def test_val_every_leaves_epochs_out_but_not_the_last(data, tmp_path):
+    run("train.py", "--data_root", data, *SMALL, "--epochs", "3", "--val_every", "2", cwd=tmp_path)
+    scores = [row["val_miou"] for row in rows(tmp_path)]
+    assert scores[0] == "" and all(row["train_loss"] for row in rows(tmp_path))
+    best = torch.load(tmp_path / "checkpoint" / "unet_best.pth", weights_only=True)
+    assert best["epoch"] in (2, 3) and best["best_miou"] == pytest.approx(float(scores[best["epoch"] - 1]), abs=1e-6)
+
+
 def test_evaluate_repeats_the_score_of_training(trained, data):
     run("evaluate.py", "--data_root", data, "--split", "val", cwd=trained)
     metrics = json.loads((trained / "evaluation" / "metrics.json").read_text())
@@ -149,10 +157,12 @@ def test_predict_writes_masks_and_overlays_of_every_kind_of_photograph(trained, 
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     scene = picture(next((data / "val").iterdir()))
-    sizes = {"a_jpg": (96, 72), "a_png": (17, 33), "one": (1, 1), "grey": (50, 20), "turned": (72, 96)}
+    sizes = {"a_jpg": (96, 72), "a_png": (17, 33), "one": (1, 1), "grey": (50, 20), "turned": (72, 96),
+             "large": (251, 130)}
     scene.save(photos / "a.jpg")
     scene.resize((17, 33)).save(photos / "a.png")
     scene.resize((1, 1)).save(photos / "one.png")
+    scene.resize((251, 130)).save(photos / "large.png")
     scene.resize((50, 20)).convert("L").save(photos / "grey.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
