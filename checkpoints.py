@@ -2,6 +2,8 @@
 
 A file holds plain Python types and tensors only and is read with ``weights_only=True``, so that opening a
 stranger's file never executes code.
+
+    python checkpoints.py checkpoint/unet_best.pth my_model.pth        the weights alone, to give away: 6 times smaller
 """
 import csv
 import sys
@@ -17,15 +19,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from datasets.classes import ClassSet
 from model import build_model
-from runtime import UserError, atomic_path, rng_state, set_rng_state
+from runtime import OneLineParser, UserError, atomic_path, rng_state, run_command, set_rng_state
 
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "checkpoint" / "camvid_unet.pth"
 CONFIG_KEYS = ("model", "classes", "normalize", "train")
 # A resumed run restores its schedule and momentum, so flags that contradict them are refused, not ignored.
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
                "warmup_steps", "batch_size", "grad_accum", "clip_grad", "crop_size", "image_size", "scale", "jitter",
                "class_weights", "loss", "label_smoothing", "ema", "seed")
 RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")
+LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "device")
 TRAINING_KEYS = ("epoch", "steps_per_epoch", "best_miou", "ema_state_dict", "optimizer_state_dict",
                  "scheduler_state_dict", "scaler_state_dict", "rng_state", "history")
 
@@ -59,12 +63,14 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
-    """The newest ``*_best.pth`` of a folder. Raises UserError if there is none."""
+def default_checkpoint(folder: Path = Path("checkpoint"), shipped: Path = SHIPPED) -> Path:
+    """The newest ``*_best.pth`` of a folder, else the shipped weights. Raises UserError if there is neither."""
     found = sorted(folder.glob("*_best.pth"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    if found:
+        return found[-1]
+    if not shipped.is_file():
         raise UserError(f"{folder}: no *_best.pth in it; train a model with train.py, or name one with --checkpoint")
-    return found[-1]
+    return shipped
 
 
 def load_training_state(path: Path) -> dict:
@@ -87,6 +93,7 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     try:
         classes = ClassSet.from_dict(config["classes"])
         config["normalize"] = {key: [float(x) for x in config["normalize"][key]] for key in ("mean", "std")}
+        config["max_side"] = int(config.get("max_side", 0))
         classes.to_rgb(np.arange(len(classes)))
         options = {"width": config["model"]["options"]["width"]}  # nothing that could start a download
         model = build_model(config["model"]["name"], len(classes), **options)
@@ -112,6 +119,7 @@ class Run:
     ema: AveragedModel | None
     steps_per_epoch: int
     normalize: dict
+    max_side: int
     history: list[dict] = field(default_factory=list)
     best_miou: float = -1.0
 
@@ -143,6 +151,7 @@ class Run:
                 "model": {"name": self.args.model, "options": {"width": self.model.classifier.in_channels}},
                 "classes": self.classes.to_dict(),
                 "normalize": self.normalize,
+                "max_side": self.max_side,
                 "train": self.flags(),
             },
         }
@@ -169,7 +178,8 @@ class Run:
         """The log first, then _last.pth: a run killed in between repeats the epoch and writes the same row."""
         try:
             with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.history[0].keys())
+                columns = dict.fromkeys(key for row in self.history for key in row)  # not every epoch is validated
+                writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(self.history)
         except UserError as error:  # such as a table that is open in Excel; the next epoch writes it whole
@@ -199,3 +209,31 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit this model ({reason})") from None
+
+
+def release(source: Path, target: Path) -> None:
+    """Write the weights that predict, in half precision, and the config without what only this machine knows.
+
+    Raises UserError if ``source`` is no trained model or its weights do not fit half precision.
+    """
+    model, _, config = load_model(source)
+    config["train"] = {key: value for key, value in config["train"].items() if key not in LOCAL_FLAGS}
+    weights = {name: tensor.half() if tensor.is_floating_point() else tensor
+               for name, tensor in model.state_dict().items()}
+    lost = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if lost:
+        raise UserError(f"{source}: {lost[0]} has values beyond half precision")
+    save_checkpoint(target, {"model_state_dict": weights, "config": config})
+
+
+def main(args) -> int:
+    release(args.source, args.target)
+    print(f"wrote {args.target}, {args.target.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = OneLineParser(prog="checkpoints.py", description="Write a checkpoint's weights alone, to give away.")
+    parser.add_argument("source", type=Path, help="a checkpoint of train.py")
+    parser.add_argument("target", type=Path, help="the file to write")
+    raise SystemExit(run_command(main, parser))

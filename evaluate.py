@@ -83,7 +83,8 @@ def main(args) -> int:
     loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
-                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
+                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,
+                          max_side=config["max_side"] if args.max_side is None else args.max_side)
     metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
     validate(predictor, loader, metric)
     scores = metric.compute()

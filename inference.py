@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import OneLineParser, autocast, positive_int
+from runtime import OneLineParser, autocast, positive_int, whole_number
 
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
 TTA = {
@@ -23,6 +23,9 @@ def add_inference_flags(parser: OneLineParser) -> None:
     group.add_argument("--checkpoint", type=Path, metavar="FILE",
                        help="trained model; when not given: the newest checkpoint/*_best.pth")
     group.add_argument("--tta", choices=TTA, default="none", help="average over mirrored and resized views")
+    group.add_argument("--max_side", type=whole_number, metavar="PX",
+                       help="larger images are shrunk to this longer side for the network: things then have the size "
+                            "that it learnt; when not given: the longer side of the training frames; 0: never")
     group.add_argument("--tile", type=tile_size, default=TILE, metavar="PX",
                        help="larger images go through in overlapping tiles of this size; 0: never")
     group.add_argument("--batch_size", type=positive_int, default=4, help="images of one size at a time")
@@ -42,11 +45,13 @@ class Predictor:
     """Runs a segmentation network over batches; never predicts ``ignore_index``.
 
     mean, std: of the channels, for `prepare`. tta: a key of TTA, whose views' probabilities are averaged.
+    max_side: images longer than this many pixels are shrunk to it, the result enlarged again; 0 never.
     tile: images larger than this many pixels on a side go through in overlapping tiles, blended; 0 never.
     """
 
     def __init__(self, model: nn.Module, ignore_index: int | None, mean: tuple[float, ...], std: tuple[float, ...],
-                 device: torch.device, amp_dtype: torch.dtype | None = None, tta: str = "none", tile: int = 0):
+                 device: torch.device, amp_dtype: torch.dtype | None = None, tta: str = "none", tile: int = 0,
+                 max_side: int = 0):
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ignore_index = ignore_index
         self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
@@ -54,6 +59,11 @@ class Predictor:
         self.amp_dtype = amp_dtype
         self.views = TTA[tta]
         self.tile = tile
+        self.max_side = max_side
+
+    def shrinks(self, size: tuple[int, int]) -> bool:
+        """Whether an image of that (height, width) is longer than ``max_side``."""
+        return 0 < self.max_side < max(size)
 
     def prepare(self, photos: list[np.ndarray]) -> Tensor:
         """Photographs of one size, (H, W, 3) uint8 RGB -> (N, 3, H, W) normalised float32 on the device."""
@@ -69,7 +79,10 @@ class Predictor:
     def probabilities(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C, or (N, C, *size)."""
         self.model.eval()
-        images = images.to(self.device, non_blocking=True)
+        images, size = images.to(self.device, non_blocking=True), size or images.shape[-2:]
+        if self.shrinks(images.shape[-2:]):
+            factor = self.max_side / max(images.shape[-2:])
+            images = _resize(images, [max(1, round(side * factor)) for side in images.shape[-2:]], antialias=True)
         total = None
         for scale, flip in self.views:
             view = images.flip(-1) if flip else images
@@ -77,7 +90,7 @@ class Predictor:
             prob = _resize(self._tiled(view), images.shape[-2:])
             prob = prob.flip(-1) if flip else prob
             total = prob if total is None else total.add_(prob)
-        return _resize(total.div_(len(self.views)), size or images.shape[-2:])
+        return _resize(total.div_(len(self.views)), size)
 
     def _network(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -135,10 +135,10 @@ def write(name: str, photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args
 
 
 def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
-                args: argparse.Namespace) -> tuple[np.ndarray, int]:
-    """Write the pictures of every photograph; the (C,) pixel counts and the number of broken files."""
+                args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
+    """Write the pictures of every photograph; the (C,) pixel counts, the numbers of broken and of shrunk files."""
     names = dict(zip(photos, output_names(photos)))
-    pixels, broken = np.zeros(len(classes), np.int64), 0
+    pixels, broken, shrunk = np.zeros(len(classes), np.int64), 0, 0
     max_pixels = args.tile * args.tile or 1 << 40
 
     def readable(pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
@@ -155,6 +155,7 @@ def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, ima
     with ThreadPoolExecutor() as pool, tqdm(total=len(photos), unit="image", disable=None) as bar:
         for batch in batches(readable(pool, bar), args.batch_size, max_pixels):
             size = batch[0][1].shape[:2]
+            shrunk += len(batch) * predictor.shrinks(image_size or size)
             images = predictor.prepare([resize_photo(photo, image_size) for _, photo in batch])
             for (name, photo), ids in zip(batch, predictor(images, size).cpu().numpy().astype(np.uint8)):
                 pixels += np.bincount(ids.ravel(), minlength=len(classes))
@@ -164,7 +165,7 @@ def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, ima
             bar.update(len(batch))
         for future in writing:
             future.result()
-    return pixels, broken
+    return pixels, broken, shrunk
 
 
 def print_shares(pixels: np.ndarray, classes: ClassSet) -> None:
@@ -190,13 +191,17 @@ def main(args) -> int:
         raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
     make_folder(args.save_dir)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
-                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile)
+                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,
+                          max_side=config["max_side"] if args.max_side is None else args.max_side)
     print(f"{checkpoint} on {len(photos)} photograph{'s' * (len(photos) > 1)}", flush=True)
-    pixels, broken = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)
+    pixels, broken, shrunk = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)
     done = len(photos) - broken
     if done:
         print_shares(pixels, classes)
     print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
+    if shrunk:
+        print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
+              f"photographs at their own size")
     if broken:
         print(f"predict.py: {broken} of {len(photos)} files could not be read", file=sys.stderr)
     return 1 if broken else 0

@@ -7,7 +7,15 @@ import pickle
 import pytest
 import torch
 
-from checkpoints import Run, default_checkpoint, load_checkpoint, load_model, load_training_state, save_checkpoint
+from checkpoints import (
+    Run,
+    default_checkpoint,
+    load_checkpoint,
+    load_model,
+    load_training_state,
+    release,
+    save_checkpoint,
+)
 from datasets.classes import CAMVID, ClassSet
 from engine import build_ema, build_optimizer, build_scheduler, train_one_epoch
 from loss import SegmentationLoss
@@ -26,7 +34,7 @@ def make_run(folder, *flags, seed=0, init_scale=4.0) -> Run:
     optimizer = build_optimizer(args, model)
     return Run(args, CAMVID, model, optimizer, build_scheduler(args, optimizer, steps_per_epoch=3),
                torch.amp.GradScaler("cpu", init_scale=init_scale), build_ema(model, args.ema) if args.ema else None,
-               3, NORMALIZE)
+               3, NORMALIZE, 480)
 
 
 def train_epoch(run: Run) -> None:
@@ -99,15 +107,28 @@ def test_load_model_takes_averaged_weights_where_there_are_some(tmp_path, ema):
 
 
 def test_released_file_predicts_but_is_not_resumed(saved, tmp_path):
-    path, weights = tmp_path / "released.pth", saved.model.state_dict()
-    half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-    save_checkpoint(path, {"model_state_dict": half, "config": saved.state_dict()["config"]})
-    model = load_model(path)[0]
-    for key, value in model.state_dict().items():
-        assert value.dtype == weights[key].dtype
-        torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-3)
+    path, source = tmp_path / "released.pth", saved.path("best.pth")
+    release(source, path)
+    state, (trained, *_) = load_checkpoint(path), load_model(source)
+    assert state.keys() == {"format", "model_state_dict", "config"}
+    assert str(saved.args.data_root) not in str(state["config"]) and state["config"]["train"]["lr"] == 0.05
+    model, _, config = load_model(path)
+    for key, value in trained.state_dict().items():
+        assert model.state_dict()[key].dtype == value.dtype
+        assert state["model_state_dict"][key].dtype in (torch.float16, torch.int64)
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-3)
+    assert config["normalize"] == NORMALIZE and config["max_side"] == 480
     with pytest.raises(UserError, match="--init_from"):
         load_training_state(path)
+
+
+def test_weights_beyond_half_precision_are_not_released(saved, tmp_path):
+    state = torch.load(saved.path("best.pth"), weights_only=True)
+    state["ema_state_dict"]["classifier.weight"][0] = 1e6
+    save_checkpoint(tmp_path / "large.pth", state)
+    with pytest.raises(UserError, match="classifier.weight"):
+        release(tmp_path / "large.pth", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
 
 
 class Malicious:
@@ -191,10 +212,13 @@ def test_failed_write_leaves_the_earlier_file(monkeypatch, tmp_path, failure):
     assert torch.load(path, weights_only=True)["epoch"] == 1
 
 
-def test_default_checkpoint_is_the_newest_best(tmp_path):
+def test_default_checkpoint_is_the_newest_best_else_the_shipped_one(tmp_path):
+    shipped = tmp_path / "shipped.pth"
     with pytest.raises(UserError, match="train.py"):
-        default_checkpoint(tmp_path)
+        default_checkpoint(tmp_path, shipped)
+    shipped.touch()
+    assert default_checkpoint(tmp_path, shipped) == shipped
     for age, name in [(300, "a_best.pth"), (100, "b_best.pth"), (200, "c_best.pth"), (0, "d_last.pth")]:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    assert default_checkpoint(tmp_path) == tmp_path / "b_best.pth"
+    assert default_checkpoint(tmp_path, shipped) == tmp_path / "b_best.pth"

@@ -155,6 +155,19 @@ def test_size_brings_probabilities_to_the_labels_size(size):
     assert torch.equal(predict(images, size), expected.argmax(1))
 
 
+@pytest.mark.parametrize("size,seen", [((60, 80), (30, 40)), ((80, 20), (40, 10)), ((40, 7), (40, 7)), ((9, 9), (9, 9)),
+                                       ((500, 1), (40, 1))])
+def test_images_longer_than_max_side_are_shrunk_and_the_result_enlarged(size, seen):
+    sizes, model, images = [], pointwise(), torch.rand(2, 3, *size)
+    predict = predictor(model, max_side=40)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    prob = predict.probabilities(images)
+    assert sizes == [seen] and prob.shape == (2, 5, *size)
+    small = images if size == seen else F.interpolate(images, seen, mode="bilinear", antialias=True)
+    expected = predictor(model).probabilities(small)
+    torch.testing.assert_close(prob, F.interpolate(expected, size, mode="bilinear"))
+
+
 def test_prepare_normalises_rgb():
     photos = [torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).numpy() for _ in range(3)]
     batch = predictor(pointwise()).prepare(photos)
