@@ -21,6 +21,7 @@ from runtime import (
     OneLineParser,
     UserError,
     atomic_path,
+    default_workers,
     init_worker,
     make_folder,
     run_command,
@@ -39,7 +40,8 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--split", default="val", help="folder of the split in --data_root: train, val or test")
     group.add_argument("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR",
                        help="folder for metrics.json and confusion_matrix.png")
-    group.add_argument("--workers", type=whole_number, default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--workers", type=whole_number,
+                       help="loader processes; 0 loads in the main one; when not given: what suits the machine")
     return parser
 
 
@@ -80,7 +82,8 @@ def main(args) -> int:
         print(stray_line(report))
     dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
                             config["train"].get("image_size"), native_labels=True)
-    loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=args.workers,
+    workers = default_workers(device) if args.workers is None else args.workers
+    loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,

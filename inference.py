@@ -21,7 +21,7 @@ def add_inference_flags(parser: OneLineParser) -> None:
     """The flags of every command that runs a trained network."""
     group = parser.add_argument_group("network")
     group.add_argument("--checkpoint", type=Path, metavar="FILE",
-                       help="trained model; when not given: the newest checkpoint/*_best.pth")
+                       help="trained model; when not given: the newest checkpoint/*_best.pth, else the shipped one")
     group.add_argument("--tta", choices=TTA, default="none", help="average over mirrored and resized views")
     group.add_argument("--max_side", type=whole_number, metavar="PX",
                        help="larger images are shrunk to this longer side for the network: things then have the size "

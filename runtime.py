@@ -99,6 +99,14 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def default_workers(device: torch.device) -> int:
+    """How many loader processes: none where they would only take two CPU cores from the network."""
+    cores = os.cpu_count() or 1
+    if device.type == "cpu":
+        return 2 if cores > 2 else 0
+    return min(8, cores)
+
+
 def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bf16 where a CUDA device has it, else fp16; None (plain float32) on other devices.
 

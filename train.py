@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints import RUN_FILES, Run, load_checkpoint, load_model, load_weights
+from datasets.cache import FrameCache
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
@@ -41,6 +42,7 @@ from runtime import (
     UserError,
     atomic_path,
     catch_signals,
+    default_workers,
     init_worker,
     keep_freed_memory,
     make_folder,
@@ -73,9 +75,13 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from a _last.pth; auto takes the one in --checkpoint where there is one")
     group.add_argument("--init_from", type=Path, metavar="FILE", help="start from these weights alone")
-    group.add_argument("--val_every", type=positive_int, default=1, metavar="EPOCHS",
-                       help="epochs between validations; the last epoch always has one")
-    group.add_argument("--workers", type=whole_number, default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--val_every", type=positive_int, metavar="EPOCHS",
+                       help="epochs between validations; when not given: 1, in long runs a 25th of --epochs")
+    group.add_argument("--cache", type=Path, nargs="?", const=Path("checkpoint/cache"), metavar="DIR",
+                       help="decode every frame once, into a file in DIR that later runs use too; without DIR: "
+                            "checkpoint/cache")
+    group.add_argument("--workers", type=whole_number,
+                       help="loader processes; 0 loads in the main one; when not given: what suits the machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                        help="mixed precision on CUDA; auto: bf16 where the GPU has it, else fp16")
@@ -95,31 +101,31 @@ def add_model_flags(parser: OneLineParser) -> None:
 
 def add_recipe_flags(parser: OneLineParser) -> None:
     group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=positive_int, default=50, help="passes over the training frames")
-    group.add_argument("--batch_size", type=positive_int, default=8, help="crops per step")
+    group.add_argument("--epochs", type=positive_int, default=100, help="passes over the training frames")
+    group.add_argument("--batch_size", type=positive_int, default=4, help="crops per step")
     group.add_argument("--crop_size", type=positive_int, nargs="+", default=[224], metavar="PX",
                        help="height and width of training crops, or one number for both")
     group.add_argument("--image_size", type=positive_int, nargs=2, metavar=("H", "W"),
                        help="resize frames as they are read; scores stay at the labels' own size")
     group.add_argument("--scale", type=number_in(0.1, 10), nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
                        help="range of the random scale before cropping")
-    group.add_argument("--jitter", type=number_in(0, 1), default=0.3,
+    group.add_argument("--jitter", type=number_in(0, 1), default=0.2,
                        help="range of brightness, contrast and saturation around 1; 0: none")
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
     group.add_argument("--lr", type=number_in(0, 100, open_low=True),
-                       help="of an update; when not given: 0.05 for sgd, 0.001 for adamw")
+                       help="of an update; when not given: 0.1 for sgd, 0.001 for adamw")
     group.add_argument("--momentum", type=number_in(0, 0.9999), default=0.9, help="of sgd")
     group.add_argument("--weight-decay", "--weight_decay", type=number_in(0, 10), default=5e-4,
                        help="of convolution weights; norms and biases have none")
     group.add_argument("--scheduler", choices=("step", "poly", "cosine", "onecycle", "none"), default="step",
                        help="how the learning rate falls; step is StepLR")
     group.add_argument("--step_size", type=positive_int, metavar="EPOCHS",
-                       help="StepLR: epochs between drops; when not given: a fifth of --epochs")
-    group.add_argument("--gamma", type=number_in(0, 1, open_low=True), default=0.5, help="StepLR: factor of a drop")
+                       help="StepLR: epochs between drops; when not given: a third of --epochs")
+    group.add_argument("--gamma", type=number_in(0, 1, open_low=True), default=0.2, help="StepLR: factor of a drop")
     group.add_argument("--warmup_steps", type=whole_number, default=100, help="updates of linear warm-up")
-    group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce", help="cross-entropy, or with soft Dice")
-    group.add_argument("--class_weights", choices=("none", "median", "log"), default="log",
-                       help="of the cross-entropy: median frequency, or 1 / ln(1.02 + share of pixels)")
+    group.add_argument("--loss", choices=("ce", "ce+dice"), default="ce+dice", help="cross-entropy, or with soft Dice")
+    group.add_argument("--class_weights", choices=("none", "median", "log", "mild"), default="mild",
+                       help="of the cross-entropy: median frequency, 1 / ln(1.02 + pixel share), or milder, with 1.1")
     group.add_argument("--label_smoothing", type=number_in(0, 0.99), default=0.0, help="of the cross-entropy")
     group.add_argument("--ema", type=number_in(0, 0.99999), default=0.99,
                        help="decay per update of the averaged weights that are scored and predict; 0: no average")
@@ -141,8 +147,9 @@ def resolve_flags(args) -> None:
         raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
     args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
     args.width = args.width or (64 if args.model == "unet" else 16)
-    args.lr = args.lr or (0.05 if args.optimizer == "sgd" else 0.001)
-    args.step_size = args.step_size or max(1, args.epochs // 5)
+    args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001)
+    args.step_size = args.step_size or -(-args.epochs // 3)
+    args.val_every = args.val_every or max(1, args.epochs // 25)
 
 
 def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin: bool):
@@ -154,6 +161,8 @@ def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin:
                               args.label_format, args.image_size)
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.image_size,
                             native_labels=True)
+    for dataset, split in ((train_set, "train"), (val_set, "val")) if args.cache else ():
+        dataset.cache = FrameCache(args.cache, split, dataset)
     sampler = EpochSampler(len(train_set), args.seed)
     sizes = reports["val"].sizes
     val_batch = min(4, args.batch_size, max(1, TILE**2 // max(h * w for h, w in sizes))) if len(sizes) == 1 else 1
@@ -201,6 +210,7 @@ def main(args) -> int:
     resolve_flags(args)
     device = select_device(args.device)
     amp_dtype = select_amp_dtype(args.amp, device)
+    args.workers = default_workers(device) if args.workers is None else args.workers
     seed_everything(args.seed, args.deterministic)
     if device.type == "cpu":
         keep_freed_memory()

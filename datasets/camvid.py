@@ -170,12 +170,15 @@ class CamVidDataset(Dataset):
         self.label_format = resolve_label_format(label_format, label_dir, classes)
         self.image_size = image_size
         self.native_labels = native_labels
+        self.cache = None  # a FrameCache to read from, instead of from the files
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 photograph and (H, W) uint8 ids, unknown colours as void."""
+        if self.cache is not None:
+            return self.cache.read(index)
         pair = self.pairs[index]
         image = resize_photo(read_photo(pair.photo), self.image_size)
         ids = read_label(pair.label, self.classes, self.label_format)

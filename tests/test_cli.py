@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,14 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, data, tmp_path):
     assert timeless == [{k: v for k, v in row.items() if "second" not in k} for row in rows(trained)]
 
 
+def test_cached_frames_train_the_same_network(trained, data, tmp_path):
+    run("train.py", "--data_root", data, *SMALL, "--cache", cwd=tmp_path)
+    assert len(list((tmp_path / "checkpoint" / "cache").iterdir())) == 4
+    ours, theirs = (torch.load(folder / "checkpoint" / "unet_last.pth", weights_only=True)["model_state_dict"]
+                    for folder in (tmp_path, trained))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_new_run_sets_the_earlier_one_aside(trained, data, tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -177,6 +186,24 @@ def test_predict_writes_masks_and_overlays_of_every_kind_of_photograph(trained, 
         ids = np.asarray(mask)
         assert ids.min() > 0 and ids.max() < 12, "the ignored class is never predicted"
         assert (np.asarray(mask.convert("RGB")) == CAMVID.to_rgb(ids)).all()
+
+
+def test_shipped_weights_predict_where_nothing_was_trained(data, tmp_path):
+    photo = sorted((data / "test").iterdir())[0]
+    done = run("predict.py", "--image_dir", photo, cwd=tmp_path)
+    assert "camvid_unet.pth" in done.stdout
+    assert len(np.unique(picture(tmp_path / "predictions" / f"{photo.stem}_mask.png"))) > 3
+
+
+def test_shipped_weights_score_what_their_card_says(camvid, tmp_path):
+    """The card's table has a row of IoUs for the classes, in their order, and mIoU in bold."""
+    assert (REPO / "checkpoint" / "camvid_unet.pth").stat().st_size < 25e6
+    card = (REPO / "checkpoint" / "README.md").read_text()
+    stated = [float(text) for text in re.search(r"^\| IoU \|(.+)\|$", card, re.M)[1].split("|")]
+    run("evaluate.py", "--data_root", camvid, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert [entry["iou"] for entry in metrics["per_class"]] == pytest.approx(stated, abs=0.002)
+    assert metrics["miou"] == pytest.approx(float(re.search(r"\*\*(0\.\d+)\*\*", card)[1]), abs=0.001)
 
 
 @pytest.mark.parametrize("flags, kinds", [

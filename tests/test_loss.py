@@ -99,11 +99,12 @@ def test_median_weights(pixels, ignore_index, expected):
 
 
 @pytest.mark.parametrize("ignore_index", [0, None, 255])
-def test_log_weights(ignore_index):
-    weight = class_weights("log", COUNTS, ignore_index)
+@pytest.mark.parametrize("kind,constant", [("log", 1.02), ("mild", 1.1)])
+def test_log_weights(kind, constant, ignore_index):
+    weight = class_weights(kind, COUNTS, ignore_index)
     counts = COUNTS.numpy().copy()
     counts[0] = 0 if ignore_index == 0 else 900
-    expected = 1 / np.log(1.02 + counts / counts.sum())
+    expected = 1 / np.log(constant + counts / counts.sum())
     expected[4] = 1
     expected[0] = 0 if ignore_index == 0 else expected[0]
     assert weight.dtype == torch.float32
@@ -113,7 +114,7 @@ def test_log_weights(ignore_index):
 def test_no_weights_and_the_counts_stay():
     before = COUNTS.clone()
     assert class_weights("none", COUNTS, 0) is None
-    for kind in ("median", "log"):
+    for kind in ("median", "log", "mild"):
         assert class_weights(kind, COUNTS, 0).isfinite().all()
         assert class_weights(kind, torch.zeros(4), 0).tolist() == [0, 1, 1, 1]  # no labels at all
     assert torch.equal(COUNTS, before)
