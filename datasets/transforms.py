@@ -13,7 +13,7 @@ cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside each 
 
 
 def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.5, 1.5),
-                    jitter: float = 0.3) -> A.Compose:
+                    jitter: float = 0.2) -> A.Compose:
     """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 
     crop_size: (height, width) in pixels; smaller frames are padded with the mean colour, their masks with void_id.

@@ -73,6 +73,10 @@ def test_curves(tmp_path, epochs):
     save_curves(rows, path)
     save_curves([{**row, "val_miou": float("nan"), "val_loss": float("nan")} for row in rows], flat)
     assert colored_share(path) > colored_share(flat) > 0
+    # Epochs without a validation have no scores: the curve joins the others.
+    save_curves([row if i % 3 else {"epoch": row["epoch"], "train_loss": 1.0, "lr": 0.1} for i, row in enumerate(rows)],
+                path)
+    assert epochs == 1 or colored_share(path) > 1.2 * colored_share(flat)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "flat.png"]
 
 
