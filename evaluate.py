@@ -15,7 +15,7 @@ from datasets.check import add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
 from datasets.transforms import eval_transform
 from engine import validate
-from inference import Predictor, add_inference_flags
+from inference import add_inference_flags, predictor_from_flags
 from metric import SegmentationMetric, score_table
 from runtime import (
     OneLineParser,
@@ -25,7 +25,6 @@ from runtime import (
     init_worker,
     make_folder,
     run_command,
-    select_amp_dtype,
     select_device,
     whole_number,
 )
@@ -85,9 +84,7 @@ def main(args) -> int:
     workers = default_workers(device) if args.workers is None else args.workers
     loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
-    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
-                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,
-                          max_side=config["max_side"] if args.max_side is None else args.max_side)
+    predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
     metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
     validate(predictor, loader, metric)
     scores = metric.compute()

@@ -1,5 +1,5 @@
 """From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import OneLineParser, autocast, positive_int, whole_number
+from runtime import OneLineParser, autocast, positive_int, select_amp_dtype, whole_number
 
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
 TTA = {
@@ -31,6 +31,14 @@ def add_inference_flags(parser: OneLineParser) -> None:
     group.add_argument("--batch_size", type=positive_int, default=4, help="images of one size at a time")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="mixed precision on CUDA")
+
+
+def predictor_from_flags(args: Namespace, model: nn.Module, ignore_index: int | None, config: dict,
+                         device: torch.device) -> "Predictor":
+    """The Predictor that `add_inference_flags` ask for, of what `checkpoints.load_model` returned."""
+    return Predictor(model, ignore_index, **config["normalize"], device=device,
+                     amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,
+                     max_side=config["max_side"] if args.max_side is None else args.max_side)
 
 
 def tile_size(text: str) -> int:

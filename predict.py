@@ -19,17 +19,8 @@ from tqdm import tqdm
 from checkpoints import default_checkpoint, load_model
 from datasets.camvid import PHOTO_SUFFIXES, read_photo, resize_photo
 from datasets.classes import ClassSet
-from inference import Predictor, add_inference_flags
-from runtime import (
-    OneLineParser,
-    UserError,
-    atomic_path,
-    make_folder,
-    number_in,
-    run_command,
-    select_amp_dtype,
-    select_device,
-)
+from inference import Predictor, add_inference_flags, predictor_from_flags
+from runtime import OneLineParser, UserError, atomic_path, make_folder, number_in, run_command, select_device
 from visualize import mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
@@ -190,9 +181,7 @@ def main(args) -> int:
     if args.save_dir.resolve() in {photo.parent.resolve() for photo in photos}:
         raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
     make_folder(args.save_dir)
-    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device,
-                          amp_dtype=select_amp_dtype(args.amp, device), tta=args.tta, tile=args.tile,
-                          max_side=config["max_side"] if args.max_side is None else args.max_side)
+    predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
     print(f"{checkpoint} on {len(photos)} photograph{'s' * (len(photos) > 1)}", flush=True)
     pixels, broken, shrunk = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)
     done = len(photos) - broken
