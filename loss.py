@@ -1,6 +1,5 @@
 """The training losses and the class weights."""
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -20,29 +19,34 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        logits = logits.float()  # sums over many pixels lose small terms in half precision
-        # One row a pixel: CUDA's kernel for (N, C, H, W) has no deterministic variant.
-        loss = F.cross_entropy(logits.movedim(1, -1).flatten(0, 2), mask.flatten(), self.weight, reduction="sum",
-                               ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
-        weight = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight
+        log_prob = logits.float().log_softmax(1)  # sums over many pixels lose small terms in half precision
         labelled = mask != self.ignore_index
-        loss = loss / (weight[torch.where(labelled, mask, 0)] * labelled).sum().clamp_min(1e-6)
-        return loss + dice_loss(logits, mask, labelled) if self.dice else loss
+        target = torch.where(labelled, mask, 0)
+        # Gathered, not F.cross_entropy: its CUDA kernel for (N, C, H, W) has no deterministic variant, and Dice
+        # needs the same probabilities.
+        of_target = log_prob.gather(1, target.unsqueeze(1)).squeeze(1)  # (N, H, W)
+        weight = log_prob.new_ones(log_prob.shape[1]) if self.weight is None else self.weight
+        pixel_weight = weight[target] * labelled
+        loss = -(of_target * pixel_weight).sum()
+        if self.label_smoothing:
+            of_all = -((log_prob * weight.view(-1, 1, 1)).mean(1) * labelled).sum()
+            loss = torch.lerp(loss, of_all, self.label_smoothing)
+        loss = loss / pixel_weight.sum().clamp_min(1e-6)
+        return loss + dice_loss(log_prob, of_target, target, labelled) if self.dice else loss
 
 
-def dice_loss(logits: Tensor, mask: Tensor, labelled: Tensor) -> Tensor:
+def dice_loss(log_prob: Tensor, of_target: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
     """1 - the mean soft Dice coefficient (Milletari et al. 2016) of the classes in the batch's labels.
 
-    Shape: logits (N, C, H, W), mask (N, H, W) int64, labelled (N, H, W) bool -> scalar; 0 without labelled pixels.
+    Shape: log_prob (N, C, H, W), and of the label's class of_target (N, H, W), target (N, H, W) int64 in 0 … C-1,
+    labelled (N, H, W) bool -> scalar; 0 without labelled pixels.
     """
-    prob = logits.softmax(1) * labelled.unsqueeze(1)
-    target = torch.where(labelled, mask, 0)
-    of_target = prob.gather(1, target.unsqueeze(1))
-    # Sums by class: gathering costs a fifth of multiplying with a one-hot mask.
-    zeros, target = logits.new_zeros(logits.shape[1]), target.flatten()
-    overlap = zeros.index_add(0, target, of_target.flatten())  # (C,)
-    pixels = zeros.index_add(0, target, labelled.flatten().to(zeros.dtype))
-    dice = 2 * overlap / (prob.sum((0, 2, 3)) + pixels).clamp_min(1e-6)
+    zeros, ids = log_prob.new_zeros(log_prob.shape[1]), target.flatten()
+    # Sums by class: adding by index costs a fifth of multiplying with a one-hot mask.
+    overlap = zeros.index_add(0, ids, (of_target.exp() * labelled).flatten())  # (C,)
+    pixels = zeros.index_add(0, ids, labelled.flatten().to(zeros.dtype))
+    predicted = (log_prob.exp() * labelled.unsqueeze(1)).sum((0, 2, 3))
+    dice = 2 * overlap / (predicted + pixels).clamp_min(1e-6)
     present = pixels > 0
     return ((1 - dice) * present).sum() / present.sum().clamp_min(1)
 
