@@ -17,7 +17,8 @@ class SegmentationMetric:
         self.reset()
 
     def reset(self) -> None:
-        # (C + 1, C + 1) int64 on the device of the updates; the last row and column count illegal ids.
+        # (C + 3, C + 2) int64 on the device of the updates, by id + 1: the first and last column and the first row
+        # and the last but one count illegal ids, the last row pixels of an ignore_index that is no class.
         self.counts: Tensor | None = None
 
     def update(self, pred: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
@@ -30,20 +31,20 @@ class SegmentationMetric:
             raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(target.shape)} differ in shape")
         if pred.is_floating_point() or target.is_floating_point():
             raise ValueError("predictions and labels must be integer class ids, not scores")
-        bins = self.num_classes + 1
         pred, target = pred.flatten().long(), target.flatten().to(pred.device).long()
-        code = self._legal(target) * bins + self._legal(pred)
-        if self.ignore_index is not None:
-            # One bin behind the matrix takes the ignored pixels: selecting them away would synchronise with a GPU.
-            code = torch.where(target == self.ignore_index, bins * bins, code)
-        counts = torch.zeros(bins * bins + 1, dtype=torch.int64, device=code.device)
-        counts.scatter_add_(0, code, torch.ones_like(code))
-        matrix = counts[:-1].view(bins, bins)
-        self.counts = matrix if self.counts is None else self.counts.to(matrix.device) + matrix
+        rows = target.clamp(-1, self.num_classes)
+        if self.ignore_index is not None and not self._ignores_a_class:
+            rows.masked_fill_(target == self.ignore_index, self.num_classes + 1)
+        shape = (self.num_classes + 3, self.num_classes + 2)
+        code = rows.add_(1).mul_(shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
+        # Not bincount, which on a GPU waits for the largest code.
+        counts = torch.zeros(shape, dtype=torch.int64, device=code.device)
+        counts.view(-1).scatter_add_(0, code, torch.ones_like(code))
+        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
 
-    def _legal(self, ids: Tensor) -> Tensor:
-        """Ids outside 0 … C-1 become C, to be reported by `confusion_matrix`."""
-        return torch.where((ids >= 0) & (ids < self.num_classes), ids, self.num_classes)
+    @property
+    def _ignores_a_class(self) -> bool:
+        return self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes
 
     def all_reduce(self) -> None:
         """Add the counts of every process of a distributed run; nothing to do in a single process."""
@@ -51,7 +52,7 @@ class SegmentationMetric:
             return
         if self.counts is None:  # a process without a batch takes part all the same, or the others would wait for it
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            self.counts = torch.zeros(self.num_classes + 1, self.num_classes + 1, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(self.num_classes + 3, self.num_classes + 2, dtype=torch.int64, device=device)
         dist.all_reduce(self.counts)
 
     def confusion_matrix(self) -> np.ndarray:
@@ -61,12 +62,15 @@ class SegmentationMetric:
         """
         if self.counts is None:
             return np.zeros((self.num_classes, self.num_classes), np.int64)
-        counts = self.counts.cpu().numpy()
-        illegal = counts[-1].sum() + counts[:-1, -1].sum()
+        counts = self.counts[:-1].cpu().numpy().copy()
+        if self._ignores_a_class:
+            counts[self.ignore_index + 1] = 0
+        matrix = counts[1:-1, 1:-1]
+        illegal = counts.sum() - matrix.sum()
         if illegal:
             raise ValueError(f"{illegal} pixels have ids outside 0 to {self.num_classes - 1} "
                              f"that are not ignore_index={self.ignore_index}")
-        return counts[:-1, :-1]
+        return matrix
 
     def compute(self) -> dict:
         """The scores, as floats and (C,) float64 arrays; NaN where a score is undefined, and left out of means.
@@ -79,7 +83,7 @@ class SegmentationMetric:
         true_positive = matrix.diagonal().astype(np.float64)
         labelled, predicted = matrix.sum(1), matrix.sum(0)
         scored = np.ones(self.num_classes, bool)
-        if self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes:
+        if self._ignores_a_class:
             scored[self.ignore_index] = False
         iou = _ratio(true_positive, labelled + predicted - true_positive, scored)
         accuracy = _ratio(true_positive, labelled, scored)

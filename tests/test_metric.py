@@ -117,6 +117,16 @@ def test_wrong_shapes_types_and_ids_are_errors(pred, target):
         metric.compute()
 
 
+@pytest.mark.parametrize("ignore_index", [0, 5, 255, -1])
+def test_what_is_predicted_on_ignored_pixels_does_not_matter(ignore_index):
+    metric = SegmentationMetric(6, ignore_index)
+    metric.update(np.array([2, 6, -1, 300]), np.array([2, *3 * [ignore_index]]))
+    assert metric.confusion_matrix().sum() == metric.confusion_matrix()[2, 2] == 1
+    metric.update(np.array([6]), np.array([2]))
+    with pytest.raises(ValueError, match="1 pixels"):
+        metric.confusion_matrix()
+
+
 def test_reset_and_empty():
     metric = SegmentationMetric(3, 0)
     for _ in range(2):
