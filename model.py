@@ -5,7 +5,6 @@ Shapes in the comments are for an input of (N, 3, H, W) and ``width`` w.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
 
 from runtime import UserError
 
@@ -115,6 +114,9 @@ class ResNetUNet(nn.Module):
 
 def load_resnet(backbone: str, pretrained: bool) -> nn.Module:
     """A torchvision ResNet; ``pretrained`` on ImageNet. Raises UserError where those weights cannot be had."""
+    # Imported here: it takes as long as torch itself, and the U-Net does without.
+    from torchvision.models import get_model, get_model_weights
+
     if not pretrained:
         return get_model(backbone)
     try:
