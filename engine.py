@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inference import Predictor
+from inference import Predictor, most_probable
 from metric import SegmentationMetric
 from runtime import autocast
 
@@ -141,7 +141,7 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     for images, masks in tqdm(loader, desc="val", unit="batch", leave=False, disable=None):
         masks = masks.to(predictor.device, non_blocking=True)
         prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
-        metric.update(prob.argmax(1), masks)
+        metric.update(most_probable(prob), masks)
         known = masks != ignore_index
         of_label = prob.gather(1, torch.where(known, masks, 0).unsqueeze(1)).squeeze(1)
         total -= (of_label.clamp_min(1e-8).log() * known).sum()

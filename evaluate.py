@@ -23,6 +23,7 @@ from runtime import (
     atomic_path,
     default_workers,
     init_worker,
+    keep_freed_memory,
     make_folder,
     run_command,
     select_device,
@@ -73,6 +74,8 @@ def main(args) -> int:
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with val/ and val_labels/")
     device = select_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     args.checkpoint = args.checkpoint or default_checkpoint()
     model, trained, config = load_model(args.checkpoint)
     classes = data_classes(args, trained, config["train"])

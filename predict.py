@@ -20,7 +20,16 @@ from checkpoints import default_checkpoint, load_model
 from datasets.camvid import PHOTO_SUFFIXES, read_photo, resize_photo
 from datasets.classes import ClassSet
 from inference import Predictor, add_inference_flags, predictor_from_flags
-from runtime import OneLineParser, UserError, atomic_path, make_folder, number_in, run_command, select_device
+from runtime import (
+    OneLineParser,
+    UserError,
+    atomic_path,
+    keep_freed_memory,
+    make_folder,
+    number_in,
+    run_command,
+    select_device,
+)
 from visualize import mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
@@ -176,6 +185,8 @@ def main(args) -> int:
         raise UserError(f"{args.checkpoint}: there is no demo model yet; run: python train.py --demo")
     photos = find_photos(args.image_dir)
     device = select_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     checkpoint = args.checkpoint or default_checkpoint()
     model, classes, config = load_model(checkpoint)
     if args.save_dir.resolve() in {photo.parent.resolve() for photo in photos}:

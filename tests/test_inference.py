@@ -1,11 +1,14 @@
 """From images to probabilities: the ignored class, sizes, tiles, mirrored views."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inference import TTA, Predictor
-from model import build_model
+from checkpoints import SHIPPED, load_model
+from datasets.synthetic import generate_scene
+from inference import TTA, Predictor, fold_batch_norm, most_probable
+from model import MODEL_NAMES, build_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -166,6 +169,44 @@ def test_images_longer_than_max_side_are_shrunk_and_the_result_enlarged(size, se
     small = images if size == seen else F.interpolate(images, seen, mode="bilinear", antialias=True)
     expected = predictor(model).probabilities(small)
     torch.testing.assert_close(prob, F.interpolate(expected, size, mode="bilinear"))
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_folded_batch_norms_change_no_logit(name):
+    torch.manual_seed(0)
+    model, images = build_model(name, 12, width=8).double(), torch.randn(2, 3, 70, 96, dtype=torch.double)
+    for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
+        for tensor in (norm.weight.data, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+        for tensor in (norm.bias.data, norm.running_mean):
+            tensor.normal_()
+    with torch.inference_mode():
+        expected = model.eval()(images)
+        folded = fold_batch_norm(model)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+        torch.testing.assert_close(folded(images), expected)
+
+
+def test_folding_the_shipped_network_moves_logits_by_less_than_1e_4():
+    model, _, config = load_model(SHIPPED)
+    scene = np.array(generate_scene(0, 160, 120)[0])
+    images = Predictor(model, 0, **config["normalize"], device=torch.device("cpu")).prepare([scene])
+    with torch.inference_mode():
+        expected = model(images)
+        assert 0 < (fold_batch_norm(model)(images) - expected).abs().max() < 1e-4
+
+
+def test_batch_norms_behind_something_else_stay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    images = torch.randn(2, 3, 5, 5)
+    expected = model(images)
+    torch.testing.assert_close(fold_batch_norm(model)(images), expected)
+
+
+def test_most_probable_takes_the_first_of_equals():
+    prob = torch.randint(0, 3, (3, 7, 20, 30)).float()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(most_probable(prob.contiguous(memory_format=layout)), prob.argmax(1))
 
 
 def test_prepare_normalises_rgb():
