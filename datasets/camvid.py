@@ -99,7 +99,9 @@ def open_image(path: Path) -> Image.Image:
     try:
         # Through a file object: Pillow maps some TIFFs into memory, and then turns them wrongly.
         with open(path, "rb") as file, Image.open(file) as image:
-            return ImageOps.exif_transpose(image)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except Exception as error:  # broken files raise nearly anything in Pillow's decoders
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 

@@ -2,6 +2,7 @@
 
     python -m datasets.check --data_root data/CamVid
 """
+import io
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from datasets.camvid import (
     LABEL_FORMATS,
@@ -20,6 +23,7 @@ from datasets.camvid import (
     read_label,
     read_photo,
     resolve_label_format,
+    to_rgb,
 )
 from datasets.classes import UNKNOWN, ClassSet
 from runtime import OneLineParser, UserError, run_command
@@ -39,8 +43,12 @@ class SplitReport:
     problems: list[str] = field(default_factory=list)
 
 
-def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto") -> SplitReport:
-    """Decode every file of a split; what is wrong with it, missing folders too, is in the report's problems."""
+def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto",
+                quick: bool = False) -> SplitReport:
+    """Decode every file of a split; what is wrong with it, missing folders too, is in the report's problems.
+
+    quick: of photographs in PNG, check the size and the checksums alone.
+    """
     report = SplitReport(split)
     try:
         photo_dir, label_dir = find_folders(root, split)
@@ -51,7 +59,8 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
     report.pairs = len(pairs)
     label_format = resolve_label_format(label_format, label_dir, classes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases Python's lock
-        for pair, result in zip(pairs, pool.map(lambda pair: _check_pair(pair, classes, label_format), pairs)):
+        results = pool.map(lambda pair: _check_pair(pair, classes, label_format, quick), pairs)
+        for pair, result in zip(pairs, tqdm(results, f"checking {split}", len(pairs), leave=False, disable=None)):
             if isinstance(result, str):
                 report.problems.append(result)
                 continue
@@ -63,20 +72,50 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
     return report
 
 
-def _check_pair(pair: Pair, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray, int] | str:
+def _photo_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a whole photograph: of a PNG by its checksums, in a tenth of the time that decoding takes."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()
+        # Metadata may turn the picture; it stands before the pixels or, as some tools write it, at the end.
+        turned = {"exif", "xmp", "Raw profile type exif"} & image.info.keys()
+        if not turned and not any(tag in data[-65536:] for tag in (b"eXIf", b"exif", b"Orientation")):
+            return image.height, image.width
+    except Exception:  # another format, or broken: the decoder says in what way
+        pass
+    return read_photo(path).shape[:2]
+
+
+def _count_ids(path: Path, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray]:
+    """(H, W) of a mask and its (256,) pixel counts by id."""
+    if label_format == "rgb":
+        image = to_rgb(open_image(path))
+        counted = image.getcolors(256)  # half the time of turning every pixel into an id
+        if counted:
+            counts, colors = zip(*counted)
+            ids = classes.to_ids(np.array([colors], np.uint8))[0]
+            return (image.height, image.width), np.bincount(ids, counts, 256).astype(np.int64)
+    ids = read_label(path, classes, label_format)
+    return ids.shape, np.bincount(ids.ravel(), minlength=256)
+
+
+def _check_pair(pair: Pair, classes: ClassSet, label_format: str,
+                quick: bool) -> tuple[tuple[int, int], np.ndarray, int] | str:
     """The size (H, W), (256,) pixel counts and number of unknown pixels of a pair, or its problem."""
     try:
-        size = read_photo(pair.photo).shape[:2]
-        ids = read_label(pair.label, classes, label_format)
+        size = _photo_size(pair.photo) if quick else read_photo(pair.photo).shape[:2]
+        label_size, pixels = _count_ids(pair.label, classes, label_format)
     except UserError as error:
         return str(error)
-    if ids.shape != size:
-        return (f"{pair.label}: is {ids.shape[1]}×{ids.shape[0]}, "
+    if label_size != size:
+        return (f"{pair.label}: is {label_size[1]}×{label_size[0]}, "
                 f"its photograph {pair.photo.name} is {size[1]}×{size[0]}")
-    pixels = np.bincount(ids.ravel(), minlength=256)
+    if not pixels[UNKNOWN]:
+        return size, pixels, 0
     # 255 is the customary void of id masks; other unknown ids are as wrong as unknown colours.
-    unknown = ids == UNKNOWN
-    if label_format == "ids" and unknown.any():
+    unknown = read_label(pair.label, classes, label_format) == UNKNOWN
+    if label_format == "ids":
         unknown &= np.asarray(open_image(pair.label)) != UNKNOWN
     if unknown.mean() > MAX_STRAY:
         return _describe_unknown(pair.label, unknown, classes, label_format)
@@ -100,8 +139,8 @@ def _describe_unknown(path: Path, unknown: np.ndarray, classes: ClassSet, label_
 
 
 def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
-    """Reports by split. Raises UserError with every problem of all splits, one a line."""
-    reports = {split: check_split(root, split, classes, label_format) for split in splits}
+    """Reports by split, checked quickly. Raises UserError with every problem of all splits, one a line."""
+    reports = {split: check_split(root, split, classes, label_format, quick=True) for split in splits}
     # Each once: every split says it where the root itself is missing.
     problems = list(dict.fromkeys(problem for report in reports.values() for problem in report.problems))
     if len(problems) == 1:

@@ -68,6 +68,40 @@ def test_each_problem_names_its_file(broken, stem):
     assert (stem in str(error.value)) == by_name
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("behind", [False, True])
+def test_quick_and_full_checks_agree(tmp_path, suffix, orientation, behind):
+    """A tag may turn the photograph; in a PNG it stands before the pixels or behind them."""
+    photo, _ = make_pair(tmp_path, "a", np.ones((12, 16) if orientation == 1 else (16, 12), int))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(photo) as image:
+        image.resize((16, 12)).save(photo.with_suffix(suffix), exif=exif)
+    if suffix != ".png":
+        photo.unlink()
+    elif behind:
+        data = photo.read_bytes()
+        start = data.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[start:start + 4])
+        photo.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    quick, full = (check.check_split(tmp_path, "train", CAMVID, quick=quick) for quick in (True, False))
+    assert not quick.problems and quick.sizes == full.sizes == {(12, 16) if orientation == 1 else (16, 12): 1}
+
+
+@pytest.mark.parametrize("strays", [3, 300])
+def test_masks_of_few_and_of_many_colours_are_counted_alike(tmp_path, strays):
+    ids = np.ones((200, 400), int)
+    ids[1, :10] = 4
+    _, label = make_pair(tmp_path, "a", ids)
+    pixels = PALETTE[ids]
+    pixels[0, :strays] = [(i % 256, 255, i // 256) for i in range(strays)]
+    save(label, pixels)
+    report = check.check_split(tmp_path, "train", CAMVID)
+    assert report.pixels[[1, 4, 255]].tolist() == [79_990 - strays, 10, strays] and not report.problems
+    assert report.pixels.sum() == 80_000 and report.stray == {"a.png": strays}
+
+
 def test_problems_of_several_splits_come_together(tmp_path):
     for split in ("train", "val"):
         make_pair(tmp_path, f"{split}_good", split=split)
