@@ -7,6 +7,7 @@ stranger's file never executes code.
 """
 import csv
 import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from datasets.classes import ClassSet
 from model import build_model
-from runtime import OneLineParser, UserError, atomic_path, rng_state, run_command, set_rng_state
+from runtime import (
+    OneLineParser,
+    RunError,
+    UserError,
+    atomic_path,
+    is_main_process,
+    make_folder,
+    remove_file,
+    rng_state,
+    run_command,
+    set_rng_state,
+    temporary_path,
+)
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "checkpoint" / "camvid_unet.pth"
@@ -174,15 +187,33 @@ class Run:
         set_rng_state(state["rng_state"])
         self.history, self.best_miou = state["history"], state["best_miou"]
 
+    def remove_unfinished(self) -> None:
+        """Remove the files that a killed run was writing."""
+        if is_main_process():
+            for name in RUN_FILES:
+                remove_file(temporary_path(self.path(name)))
+
+    def set_earlier_aside(self) -> None:
+        """Move the files of an earlier run into a folder of their own: training never costs a model."""
+        files = [path for path in map(self.path, RUN_FILES) if path.exists()]
+        if not any(path.suffix == ".pth" for path in files) or not is_main_process():
+            return
+        aside = make_folder(self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}"))
+        for path in files:
+            path.rename(aside / path.name)
+        print(f"moved the earlier run in {self.args.checkpoint} to {aside}")
+
     def save(self, best: bool) -> None:
         """The log first, then _last.pth: a run killed in between repeats the epoch and writes the same row."""
+        if not is_main_process():
+            return
         try:
             with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
                 columns = dict.fromkeys(key for row in self.history for key in row)  # not every epoch is validated
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(self.history)
-        except UserError as error:  # such as a table that is open in Excel; the next epoch writes it whole
+        except RunError as error:  # such as a table that is open in Excel; the next epoch writes it whole
             print(f"warning: {error}", file=sys.stderr)
         state = self.state_dict()
         if best:

@@ -10,9 +10,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from distributed import sum_over_processes, world_size
 from inference import Predictor, most_probable
 from metric import SegmentationMetric
-from runtime import autocast
+from runtime import autocast, progress
 
 LONG_RUN = 2 * 3600  # seconds
 
@@ -83,7 +84,7 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
     model.train()
     check_every = 1 if device.type == "cpu" else 20  # reading the loss waits for the device
     losses, images_seen, started = [], 0, time.perf_counter()
-    bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
+    bar = progress(loader, desc=description, unit="batch")
     for step, (images, masks) in enumerate(bar):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         masks = masks.to(device, non_blocking=True)
@@ -100,7 +101,7 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
             lost = torch.stack(losses[-check_every:]).isfinite().logical_not().nonzero()
             if len(lost):
                 raise NonFiniteLoss(max(0, step + 1 - check_every) + int(lost[0]))
-            rate = images_seen / (time.perf_counter() - started)
+            rate = world_size() * images_seen / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{losses[-1].item():.3f}", lr=f"{lr:.2g}",
                             images_s=f"{rate:.1f}", refresh=False)
         if last or (step + 1) % grad_accum == 0:
@@ -109,18 +110,24 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
         if stop():
             raise Interrupted
     return {"train_loss": torch.stack(losses).mean().item(), "lr": lr,
-            "images_per_second": images_seen / (time.perf_counter() - started)}
+            "images_per_second": world_size() * images_seen / (time.perf_counter() - started)}
 
 
 def update(model: nn.Module, optimizer: Optimizer, scheduler, scaler: torch.amp.GradScaler, clip_grad: float,
            ema: AveragedModel | None) -> None:
-    """One optimiser step on the gathered gradients, clipped to the norm ``clip_grad`` where it is not 0."""
+    """One optimiser step on the gathered gradients, clipped to the norm ``clip_grad`` where it is not 0.
+
+    Where the scaled gradients overflow in fp16, the scale is lowered and all else waits for the next step.
+    """
     if clip_grad:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if scaler.get_scale() < scale:
+        return
     scheduler.step()
     if ema is not None:
         ema.update_parameters(model)
@@ -138,7 +145,7 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     ignore_index = -1 if metric.ignore_index is None else metric.ignore_index
     total = torch.zeros((), device=predictor.device)
     labelled = torch.zeros((), dtype=torch.int64, device=predictor.device)
-    for images, masks in tqdm(loader, desc="val", unit="batch", leave=False, disable=None):
+    for images, masks in progress(loader, desc="val", unit="batch"):
         masks = masks.to(predictor.device, non_blocking=True)
         prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
         metric.update(most_probable(prob), masks)
@@ -149,7 +156,7 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
         if stop():
             raise Interrupted
     metric.all_reduce()
-    return (total / labelled).item()
+    return (sum_over_processes(total) / sum_over_processes(labelled)).item()
 
 
 class TimeEstimate:

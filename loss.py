@@ -2,9 +2,13 @@
 import torch
 from torch import Tensor, nn
 
+from distributed import sum_over_processes
+
 
 class SegmentationLoss(nn.Module):
     """Cross-entropy, plus the soft Dice loss with ``dice``. Pixels of ``ignore_index`` count nowhere.
+
+    In a distributed run, the loss of the batches of all processes together.
 
     weight: (C,) float class weights of the cross-entropy, or None.
     Shape: logits (N, C, H, W), mask (N, H, W) int64 -> scalar; 0 where a batch has no labelled pixel.
@@ -31,7 +35,8 @@ class SegmentationLoss(nn.Module):
         if self.label_smoothing:
             of_all = -((log_prob * weight.view(-1, 1, 1)).mean(1) * labelled).sum()
             loss = torch.lerp(loss, of_all, self.label_smoothing)
-        loss = loss / pixel_weight.sum().clamp_min(1e-6)
+        loss, total_weight = sum_over_processes(torch.stack([loss, pixel_weight.sum()]))
+        loss = loss / total_weight.clamp_min(1e-6)
         return loss + dice_loss(log_prob, of_target, target, labelled) if self.dice else loss
 
 
@@ -46,6 +51,7 @@ def dice_loss(log_prob: Tensor, of_target: Tensor, target: Tensor, labelled: Ten
     overlap = zeros.index_add(0, ids, (of_target.exp() * labelled).flatten())  # (C,)
     pixels = zeros.index_add(0, ids, labelled.flatten().to(zeros.dtype))
     predicted = (log_prob.exp() * labelled.unsqueeze(1)).sum((0, 2, 3))
+    overlap, pixels, predicted = sum_over_processes(torch.stack([overlap, pixels, predicted]))
     dice = 2 * overlap / (predicted + pixels).clamp_min(1e-6)
     present = pixels > 0
     return ((1 - dice) * present).sum() / present.sum().clamp_min(1)

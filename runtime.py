@@ -1,7 +1,8 @@
-"""What every command needs around the network: errors in one line, the device, the precision, seeds, signals."""
+"""What every command needs around the network: errors in one line, the device, the precision, seeds, signals, files."""
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import platform
 import random
@@ -13,10 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with status 2."""
+    """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with ``status``."""
+
+    status = 2
+
+
+class RunError(UserError):
+    """No mistake of the user's, but the end of the run: a full disk, a diverged loss, too small a GPU."""
+
+    status = 1
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,27 +50,60 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process of a run, or the one of a distributed run that writes and prints."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
-    """Call ``main(args)`` and return its exit status: after a UserError, printed as one line on stderr, it is 2, after
-    any other failure 1, after Ctrl-C 130.
+    """Call ``main(args)`` and return its exit status: that of a UserError, printed as one line on stderr, 1 after any
+    other failure, 128 + the signal's number after Ctrl-C, SIGTERM or a closed pipe.
     """
+    def terminate(number: int, frame) -> None:
+        raise Terminated
+
+    def complain(message: str) -> None:
+        where = "" if is_main_process() else f" in process {os.environ['RANK']}"
+        print(f"{parser.prog}{where}: {message}", file=sys.stderr)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what no encoding knows
     args = parser.parse_args()
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        return main(args) or 0
+        status = main(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        complain(f"error: {error}")
+        return error.status
     except torch.OutOfMemoryError:
-        print(f"{parser.prog}: error: the GPU is out of memory; lower --batch_size, --crop_size, --width or --tile",
-              file=sys.stderr)
+        complain("error: the GPU is out of memory; lower --batch_size or --tile")
         return 1
-    except Exception:
+    except BrokenPipeError:
+        # Nobody reads on; the interpreter would complain once more when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Terminated:
+        complain("terminated")
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            complain("error: another process of the run has ended")
+            return 1
         # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
         traceback.print_exc()
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """A progress bar that leaves nothing behind; none outside a terminal or in a further process of a run."""
+    return tqdm(iterable, leave=False, disable=None if is_main_process() else True, **options)
 
 
 def positive_int(text: str) -> int:
@@ -101,10 +148,10 @@ def select_device(name: str) -> torch.device:
 
 def default_workers(device: torch.device) -> int:
     """How many loader processes: none where they would only take two CPU cores from the network."""
-    cores = os.cpu_count() or 1
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared by torchrun's processes
     if device.type == "cpu":
         return 2 if cores > 2 else 0
-    return min(8, cores)
+    return max(1, min(8, cores))
 
 
 def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -175,8 +222,14 @@ class StopSignal:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopSignal]:
-    """Within the block, SIGINT and SIGTERM set a flag, so that a loop can end after the current step."""
+    """Within the block, SIGINT and SIGTERM set a flag, so that a loop can end after the current step.
+
+    Not in a distributed run, whose processes would wait for the one that ends first.
+    """
     stop = StopSignal()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        yield stop
+        return
     previous = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -192,14 +245,20 @@ def init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it is renamed: one fixed name, so that the next run overwrites what a killed one
+    left.
+    """
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path to write to, renamed over ``path`` when the block ends well: readers never see half a file.
 
-    Raises UserError if the file cannot be written; what stood at ``path`` then stays.
+    Raises RunError if the file cannot be written; what stood at ``path`` then stays.
     """
-    # One fixed name beside the target: what a killed run leaves is overwritten by the next.
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -209,8 +268,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, or nothing where there is none. Raises RunError if it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be removed ({error.strerror or error})") from None
 
 
 def make_folder(path: Path) -> Path:

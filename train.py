@@ -6,8 +6,8 @@
 """
 import json
 import math
+import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoints import RUN_FILES, Run, load_checkpoint, load_model, load_weights
+import distributed
+from checkpoints import Run, load_checkpoint, load_model, load_weights
 from datasets.cache import FrameCache
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, stray_line
@@ -39,11 +40,13 @@ from metric import SegmentationMetric, score_table
 from model import MODEL_NAMES, build_model
 from runtime import (
     OneLineParser,
+    RunError,
     UserError,
     atomic_path,
     catch_signals,
     default_workers,
     init_worker,
+    is_main_process,
     keep_freed_memory,
     make_folder,
     number_in,
@@ -163,22 +166,12 @@ def build_loaders(args, classes: ClassSet, reports: dict[str, SplitReport], pin:
                             native_labels=True)
     for dataset, split in ((train_set, "train"), (val_set, "val")) if args.cache else ():
         dataset.cache = FrameCache(args.cache, split, dataset)
-    sampler = EpochSampler(len(train_set), args.seed)
+    sampler = EpochSampler(len(train_set), args.seed, distributed.rank(), distributed.world_size())
     sizes = reports["val"].sizes
     val_batch = min(4, args.batch_size, max(1, TILE**2 // max(h * w for h, w in sizes))) if len(sizes) == 1 else 1
+    val_share = range(distributed.rank(), len(val_set), distributed.world_size())  # each frame once, in one process
     return (DataLoader(train_set, args.batch_size, sampler=sampler, **common),
-            DataLoader(val_set, val_batch, **common))
-
-
-def set_earlier_run_aside(run: Run) -> None:
-    """Move the files of an earlier run into a folder of their own: training never costs a model."""
-    files = [path for path in map(run.path, RUN_FILES) if path.exists()]
-    if not files:
-        return
-    aside = make_folder(run.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}"))
-    for path in files:
-        path.rename(aside / path.name)
-    print(f"moved the earlier run in {run.args.checkpoint} to {aside}")
+            DataLoader(val_set, val_batch, sampler=val_share, **common))
 
 
 def build_run(args, classes: ClassSet, device: torch.device, steps: int, sizes: Iterable[tuple[int, int]]) -> Run:
@@ -192,6 +185,7 @@ def build_run(args, classes: ClassSet, device: torch.device, steps: int, sizes: 
         state = load_checkpoint(args.init_from)
         load_weights(model, state.get("ema_state_dict") or state["model_state_dict"], args.init_from)
     model.to(device, memory_format=torch.channels_last)  # a fifth faster than the default, on CPUs too
+    model = distributed.synchronize_batch_norm(model, device)
     optimizer = build_optimizer(args, model)
     fp16 = select_amp_dtype(args.amp, device) == torch.float16
     run = Run(args, classes, model, optimizer, build_scheduler(args, optimizer, steps),
@@ -205,44 +199,52 @@ def build_run(args, classes: ClassSet, device: torch.device, steps: int, sizes: 
 
 
 def main(args) -> int:
-    if args.demo:
-        make_demo_scenes(args.data_root)
     resolve_flags(args)
-    device = select_device(args.device)
+    device = select_device(distributed.start_processes(args.device))
     amp_dtype = select_amp_dtype(args.amp, device)
     args.workers = default_workers(device) if args.workers is None else args.workers
     seed_everything(args.seed, args.deterministic)
     if device.type == "cpu":
         keep_freed_memory()
     last = args.checkpoint / f"{args.model}_last.pth"
-    if args.resume == "auto":
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same flags
+    if args.resume == "auto" or restarted and last.is_file():
         args.resume = str(last) if last.is_file() else None
-    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
-    reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
-    train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
+    with distributed.main_process_first():
+        if args.demo and not args.data_root.is_dir():
+            print(f"generating street scenes in {args.data_root}", flush=True)
+            generate_dataset(args.data_root, DEMO_SCENES, DEMO_SIZE)
+        classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
+        reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
+        train_loader, val_loader = build_loaders(args, classes, reports, pin=device.type == "cuda")
     make_folder(args.checkpoint)
     run = build_run(args, classes, device, -(-len(train_loader) // args.grad_accum), reports["train"].sizes)
+    distributed.agree("the last finished epoch", run.epoch)
+    run.remove_unfinished()
     if not args.resume or Path(args.resume).resolve() != last.resolve():
         run.best_miou = -1.0  # where a run goes on from another folder, this folder's best is yet to come
         if args.checkpoint != DEMO["checkpoint"]:
-            set_earlier_run_aside(run)
+            run.set_earlier_aside()
     for report in reports.values():
         print(f"{report.split}: {report.pairs} pairs" + (f"\n{stray_line(report)}" if report.stray else ""))
     print(f"{args.model}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, "
           f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
-    with atomic_path(run.path("args.json")) as temporary:
-        temporary.write_text(json.dumps(run.flags(), indent=2) + "\n")
+    if is_main_process():
+        with atomic_path(run.path("args.json")) as temporary:
+            temporary.write_text(json.dumps(run.flags(), indent=2) + "\n")
     status = fit(run, train_loader, val_loader, reports, device, amp_dtype)
-    if run.history:
-        save_curves(run.history, run.path("curves.png"))
-    if status == 0:
-        summarize(run, val_loader, device, amp_dtype)
+    distributed.end_processes()
+    if status == 0 and is_main_process():
+        summarize(run, DataLoader(val_loader.dataset, val_loader.batch_size), device, amp_dtype)
     return status
 
 
 def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dict[str, SplitReport],
         device: torch.device, amp_dtype: torch.dtype | None) -> int:
-    """Train to the last epoch, saving after each. Returns the exit status: 0, 1 for a lost loss, 128 + a signal."""
+    """Train to the last epoch, saving after each. Returns the exit status: 0, or 128 + a signal.
+
+    Raises RunError where the loss is not finite, or the device's memory too small.
+    """
     args, classes = run.args, run.classes
     pixels = torch.from_numpy(reports["train"].pixels[: len(classes)])
     weight = class_weights(args.class_weights, pixels, classes.ignore_index)
@@ -251,7 +253,8 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
     scored_model = run.ema.module if run.ema else run.model
     predictor = Predictor(scored_model, classes.ignore_index, **run.normalize, device=device, amp_dtype=amp_dtype,
                           tile=TILE, max_side=run.max_side)
-    network = torch.compile(run.model) if args.compile else run.model
+    network = distributed.replicate(run.model, device)
+    network = torch.compile(network) if args.compile else network
     val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())
     estimate = TimeEstimate(args, len(train_loader), val_pixels)
     with catch_signals() as stop:
@@ -276,15 +279,20 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
                 print(f"\nstopped in epoch {epoch}; {resume_command(run)}", file=sys.stderr)
                 return 128 + stop.number
             except NonFiniteLoss as error:
-                print(f"train.py: error: {describe_lost_loss(error.step, epoch, train_loader)}", file=sys.stderr)
-                return 1
+                raise RunError(describe_lost_loss(error.step, epoch, train_loader)) from None
+            except torch.OutOfMemoryError:
+                raise RunError(f"{device} is out of memory with --batch_size {args.batch_size}, --crop_size "
+                               f"{' '.join(map(str, args.crop_size))} and --width {args.width}; lower one of them, or "
+                               f"give half the --batch_size and --grad_accum {2 * args.grad_accum}") from None
             record(run, {"epoch": epoch, **row, "seconds": time.perf_counter() - started, **val})
     return 0
 
 
 def record(run: Run, row: dict) -> None:
     """Print an epoch's line and save the run after it."""
-    run.history.append({key: value if isinstance(value, int) else round(value, 6) for key, value in row.items()})
+    # Without its times, so that the files of two equal runs are equal.
+    run.history.append({key: value if isinstance(value, int) else round(value, 6) for key, value in row.items()
+                        if key not in ("seconds", "images_per_second")})
     best, scores = False, ""
     if "val_miou" in row:
         score = row["val_miou"] if row["val_miou"] == row["val_miou"] else 0.0  # NaN: no labelled pixel in val
@@ -292,6 +300,8 @@ def record(run: Run, row: dict) -> None:
         run.best_miou = max(score, run.best_miou)
         scores = "val loss {val_loss:.3f}  val mIoU {val_miou:.3f}  acc {val_pixel_accuracy:.3f}  ".format(**row)
     run.save(best)
+    if scores and is_main_process():
+        save_curves(run.history, run.path("curves.png"))
     print(f"epoch {row['epoch']:>3}/{run.args.epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
           f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s{'  *best' if best else ''}", flush=True)
 
@@ -325,26 +335,15 @@ def resume_command(run: Run) -> str:
 
 
 def describe_lost_loss(step: int, epoch: int, loader: DataLoader) -> str:
-    size = loader.batch_size
+    size = loader.batch_size * distributed.world_size()
     indices = loader.sampler.order()[step * size:(step + 1) * size]
     names = ", ".join(loader.dataset.pairs[i].photo.name for i in indices)
     return (f"the loss is NaN or infinite in epoch {epoch}, step {step + 1}, with {names}; try a lower --lr or "
             f"--clip_grad 1. The checkpoint of the last finished epoch is untouched")
 
 
-def make_demo_scenes(folder: Path) -> None:
-    """Generate the demo's scenes where they are not there yet; an interrupted attempt leaves nothing in the way."""
-    if folder.is_dir():
-        return
-    print(f"generating street scenes in {folder}", flush=True)
-    unfinished = make_folder(folder.parent) / f".{folder.name}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    generate_dataset(unfinished, DEMO_SCENES, DEMO_SIZE)
-    unfinished.rename(folder)
-
-
 if __name__ == "__main__":
     parser = get_args_parser()
     if "--demo" in sys.argv:
         parser.set_defaults(**DEMO)
-    raise SystemExit(run_command(main, parser))
+    distributed.exit_process(run_command(main, parser))

@@ -3,10 +3,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.camvid import CamVidDataset
-from runtime import atomic_path, make_folder
+from runtime import atomic_path, make_folder, progress, remove_file
+
+STALE = ("{split}_{digits}.npy", "{split}_{digits}.bin", ".{split}_{digits}.tmp.*")  # the last a killed run's
 
 
 class FrameCache:
@@ -14,15 +15,16 @@ class FrameCache:
 
     The file's name ends in a fingerprint of all that its content depends on: names, sizes and times of the images, the
     classes, the flags that change what is read. A stale file of the split is removed when a new one is made.
-    Raises UserError if it cannot be written.
+    Raises RunError if it cannot be written.
     """
 
     def __init__(self, folder: Path, split: str, dataset: CamVidDataset):
         self.path = make_folder(folder) / f"{split}_{fingerprint(dataset)}.bin"
         index = self.path.with_suffix(".npy")  # written last: where it lies, the frames are whole
         if not (index.is_file() and self.path.is_file()):
-            for stale in (*folder.glob(f"{split}_*.npy"), *folder.glob(f"{split}_*.bin")):
-                stale.unlink()
+            for pattern in STALE:
+                for stale in folder.glob(pattern.format(split=split, digits=16 * "[0-9a-f]")):
+                    remove_file(stale)
             self._write(index, split, dataset)
         self.index = np.load(index)  # (N, 5): offset in bytes, height and width of the photograph, of the mask
         self._frames: np.memmap | None = None
@@ -30,7 +32,7 @@ class FrameCache:
     def _write(self, index: Path, split: str, dataset: CamVidDataset) -> None:
         rows, offset = [], 0
         with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
-            for i in tqdm(range(len(dataset)), desc=f"decoding {split}", unit="frame", leave=False, disable=None):
+            for i in progress(range(len(dataset)), desc=f"decoding {split}", unit="frame"):
                 photo, ids = dataset.read(i)
                 rows.append((offset, *photo.shape[:2], *ids.shape))
                 offset += file.write(photo.tobytes()) + file.write(ids.tobytes())

@@ -212,20 +212,23 @@ def resolve_label_format(label_format: str, label_dir: Path, classes: ClassSet) 
 class EpochSampler(Sampler):
     """Every index once, in an order that depends on the seed and the epoch alone, with a seed for its transform.
 
-    A resumed run therefore sees the samples that an uninterrupted one would, with any number of workers.
+    A resumed run therefore sees the samples that an uninterrupted one would, with any number of workers. Of
+    ``processes``, each takes every so-manieth, from its ``rank`` on; the first ones fill up the last round.
     """
 
-    def __init__(self, size: int, seed: int = 0):
+    def __init__(self, size: int, seed: int = 0, rank: int = 0, processes: int = 1):
         self.size, self.seed, self.epoch = size, seed, 0
+        self.rank, self.processes = rank, processes
 
     def __len__(self) -> int:
-        return self.size
+        return -(-self.size // self.processes)
 
     def order(self) -> list[int]:
-        """The indices in the order of the current epoch."""
+        """The indices in the order of the current epoch, those of all processes."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.size, generator=generator).tolist()
+        order = torch.randperm(self.size, generator=generator).tolist()
+        return (order * self.processes)[:len(self) * self.processes]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in self.order():
+        for index in self.order()[self.rank::self.processes]:
             yield index, hash((self.seed, self.epoch, index)) & 0xFFFFFFFF

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.camvid import (
     LABEL_FORMATS,
@@ -26,7 +25,7 @@ from datasets.camvid import (
     to_rgb,
 )
 from datasets.classes import UNKNOWN, ClassSet
-from runtime import OneLineParser, UserError, run_command
+from runtime import OneLineParser, UserError, progress, run_command
 
 MAX_STRAY = 0.01  # of a mask's pixels may have an unknown colour; they count as void
 
@@ -60,7 +59,7 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
     label_format = resolve_label_format(label_format, label_dir, classes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases Python's lock
         results = pool.map(lambda pair: _check_pair(pair, classes, label_format, quick), pairs)
-        for pair, result in zip(pairs, tqdm(results, f"checking {split}", len(pairs), leave=False, disable=None)):
+        for pair, result in zip(pairs, progress(results, desc=f"checking {split}", total=len(pairs))):
             if isinstance(result, str):
                 report.problems.append(result)
                 continue

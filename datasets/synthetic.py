@@ -7,6 +7,7 @@ Each scene is a pinhole camera in a street measured in metres: x to the right, y
 Things are drawn from far to near, on the photo and the mask at once, so that both agree about what hides what.
 As in CamVid's own masks, a see-through railing is labelled as a whole.
 """
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from datasets.street import (
     sign,
     tree,
 )
-from runtime import OneLineParser, UserError, make_folder, positive_int, run_command
+from runtime import OneLineParser, RunError, UserError, make_folder, positive_int, run_command
 
 
 def draw_sky(s: Scene) -> None:
@@ -175,23 +176,31 @@ def generate_scene(seed: int, width: int = 480, height: int = 360) -> tuple[Imag
 def generate_dataset(root: Path, counts: dict[str, int], size: tuple[int, int] = (480, 360), seed: int = 0) -> None:
     """Write ``counts[split]`` scenes of ``size`` (width, height) to root/split, their masks to root/split_labels.
 
-    No two splits share a scene. Raises UserError if ``root`` holds anything already, or ``seed`` is negative.
+    No two splits share a scene, and ``root`` appears when all are there. Raises UserError if it holds anything already,
+    or ``seed`` is negative, RunError if it cannot be written.
     """
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not an empty folder; name another, or remove it first")
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
-    number = seed * 1_000_000
-    for split, count in counts.items():
-        folders = root / split, root / f"{split}_labels"
-        for folder in folders:
-            make_folder(folder)
-        for i in range(count):
-            photo, ids = generate_scene(number + i, *size)
-            for folder, picture in zip(folders, (photo, Image.fromarray(CAMVID.to_rgb(ids))), strict=True):
-                picture.save(folder / f"scene_{i:04d}.png", compress_level=1)
-        number += count
+    number, unfinished = seed * 1_000_000, root.with_name(f".{root.name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for split, count in counts.items():
+            folders = make_folder(unfinished / split), make_folder(unfinished / f"{split}_labels")
+            for i in range(count):
+                photo, ids = generate_scene(number + i, *size)
+                for folder, picture in zip(folders, (photo, Image.fromarray(CAMVID.to_rgb(ids))), strict=True):
+                    picture.save(folder / f"scene_{i:04d}.png", compress_level=1)
+            number += count
+        if root.is_dir():
+            root.rmdir()
+        unfinished.rename(root)
+    except OSError as error:
+        raise RunError(f"{root}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def get_parser() -> OneLineParser:

@@ -264,6 +264,16 @@ def test_mistakes_end_in_one_line_and_change_nothing(trained, data, tmp_path, sc
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
+def test_one_frame_to_train_and_one_to_score(data, tmp_path):
+    root = tmp_path / "little"
+    for folder in ("train", "train_labels", "val", "val_labels"):
+        (root / folder).mkdir(parents=True)
+        path = min((data / folder).iterdir())
+        (root / folder / path.name).symlink_to(path)
+    run("train.py", "--data_root", root, *SMALL, "--batch_size", "1", cwd=tmp_path)
+    assert all(0 <= float(row["val_miou"]) <= 1 for row in rows(tmp_path))
+
+
 def test_demo_trains_and_predicts(tmp_path):
     run("train.py", "--demo", "--epochs", "1", "--workers", "1", cwd=tmp_path)
     demo = tmp_path / "checkpoint" / "demo"

@@ -156,6 +156,28 @@ def test_lost_loss_names_its_step_and_is_not_learnt(value):
     assert_same_parameters(model, expected, tolerance=0)
 
 
+def test_overflowing_gradients_lower_the_scale_and_are_not_learnt():
+    model, batches = one_layer(), random_batches(8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler, ema = ExponentialLR(optimizer, 0.5), build_ema(model, 0.5)
+
+    def loss_fn(logits, mask):
+        return 10 * SegmentationLoss(0)(logits, mask)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    seen = []
+    train_one_epoch(model, batches, loss_fn, optimizer, scheduler, scaler, device=CPU, ema=ema,
+                    on_step=lambda step: seen.append((scaler.get_scale(), optimizer.param_groups[0]["lr"])))
+    skipped = sum(lr == 0.1 for _, lr in seen)
+    assert 1 <= skipped < 8, seen
+    assert [scale for scale, _ in seen] == [2.0**(127 - min(i + 1, skipped)) for i in range(8)]
+    assert [lr for _, lr in seen[skipped:]] == [0.1 * 0.5**(i + 1) for i in range(8 - skipped)]
+    assert ema.n_averaged == 8 - skipped
+    expected = one_layer()
+    train(expected, batches[skipped:], loss_fn, gamma=0.5)
+    assert_same_parameters(model, expected)
+
+
 def test_stop_ends_after_the_step():
     model, steps = one_layer(), []
     train(expected := one_layer(), random_batches(3))
