@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from checkpoints import default_checkpoint, load_model
@@ -34,7 +35,8 @@ from visualize import mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
         "save_dir": Path("checkpoint/demo/predictions")}
-IN_FLIGHT = 4  # photographs read ahead, and pictures waiting to be written: enough to hide both, flat in memory
+# Photographs read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
+IN_FLIGHT = min(16, max(4, os.cpu_count() or 1))
 
 
 def yes_or_no(text: str) -> bool:
@@ -56,6 +58,7 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS,
                        help="write masks alone")
     group.add_argument("--alpha", type=number_in(0, 1), default=0.5, help="opacity of the colours in overlays")
+    group.add_argument("--skip_existing", action="store_true", help="leave out photographs whose pictures are there")
     group.add_argument("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
     add_inference_flags(parser)
     return parser
@@ -68,6 +71,10 @@ def find_photos(pattern: str) -> list[Path]:
         return [path]
     names = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     photos = sorted(name for name in names if name.suffix.lower() in PHOTO_SUFFIXES and not name.name.startswith("."))
+    # A pattern with ** follows links to folders, in circles too: each file once, by its shortest way.
+    by_place = {(os.path.realpath(photo.parent), photo.name): photo
+                for photo in sorted(photos, key=lambda photo: -len(photo.parts))}
+    photos = sorted(by_place.values())
     if not photos:
         what = "no photographs in it" if path.is_dir() else "no such file or folder"
         raise UserError(f"--image_dir {pattern}: {what} ({' '.join(PHOTO_SUFFIXES)})")
@@ -134,16 +141,18 @@ def write(name: str, photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args
             overlay_image(photo, ids, classes, args.alpha).save(temporary, compress_level=1)
 
 
-def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
+def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
                 args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
-    """Write the pictures of every photograph; the (C,) pixel counts, the numbers of broken and of shrunk files."""
-    names = dict(zip(photos, output_names(photos)))
+    """Write the pictures of every photograph under its name.
+
+    Returns the (C,) pixel counts and the numbers of broken and of shrunk files.
+    """
     pixels, broken, shrunk = np.zeros(len(classes), np.int64), 0, 0
     max_pixels = args.tile * args.tile or 1 << 40
 
     def readable(pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
         nonlocal broken
-        for path, photo in read_ahead(pool, photos):
+        for path, photo in read_ahead(pool, list(names)):
             if isinstance(photo, UserError):
                 broken += 1
                 bar.update()
@@ -152,12 +161,12 @@ def predict_all(photos: list[Path], predictor: Predictor, classes: ClassSet, ima
                 yield names[path], photo
 
     writing: deque[Future] = deque()
-    with ThreadPoolExecutor() as pool, tqdm(total=len(photos), unit="image", disable=None) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(names), unit="image", disable=None) as bar:
         for batch in batches(readable(pool, bar), args.batch_size, max_pixels):
             size = batch[0][1].shape[:2]
             shrunk += len(batch) * predictor.shrinks(image_size or size)
             images = predictor.prepare([resize_photo(photo, image_size) for _, photo in batch])
-            for (name, photo), ids in zip(batch, predictor(images, size).cpu().numpy().astype(np.uint8)):
+            for (name, photo), ids in zip(batch, predictor(images, size).to(torch.uint8).cpu().numpy()):
                 pixels += np.bincount(ids.ravel(), minlength=len(classes))
                 writing.append(pool.submit(write, name, photo, ids, classes, args))
             while len(writing) > IN_FLIGHT:
@@ -189,13 +198,21 @@ def main(args) -> int:
         keep_freed_memory()
     checkpoint = args.checkpoint or default_checkpoint()
     model, classes, config = load_model(checkpoint)
-    if args.save_dir.resolve() in {photo.parent.resolve() for photo in photos}:
+    if args.save_dir.resolve() in {folder.resolve() for folder in {photo.parent for photo in photos}}:
         raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
     make_folder(args.save_dir)
+    names = dict(zip(photos, output_names(photos)))
+    if args.skip_existing:
+        kinds = ("mask", "overlay") if args.overlay else ("mask",)
+        names = {photo: name for photo, name in names.items()
+                 if not all((args.save_dir / f"{name}_{kind}.png").exists() for kind in kinds)}
+        print(f"{len(photos) - len(names)} of {len(photos)} photographs have their pictures already")
+        if not names:
+            return 0
     predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
-    print(f"{checkpoint} on {len(photos)} photograph{'s' * (len(photos) > 1)}", flush=True)
-    pixels, broken, shrunk = predict_all(photos, predictor, classes, config["train"].get("image_size"), args)
-    done = len(photos) - broken
+    print(f"{checkpoint} on {len(names)} photograph{'s' * (len(names) > 1)}", flush=True)
+    pixels, broken, shrunk = predict_all(names, predictor, classes, config["train"].get("image_size"), args)
+    done = len(names) - broken
     if done:
         print_shares(pixels, classes)
     print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
@@ -203,7 +220,7 @@ def main(args) -> int:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
               f"photographs at their own size")
     if broken:
-        print(f"predict.py: {broken} of {len(photos)} files could not be read", file=sys.stderr)
+        print(f"predict.py: {broken} of {len(names)} files could not be read", file=sys.stderr)
     return 1 if broken else 0
 
 
