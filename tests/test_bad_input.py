@@ -299,3 +299,17 @@ def test_generated_scenes_refuse_a_full_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["synthetic", "--out", str(tmp_path)])
     assert run_command(synthetic.main, synthetic.get_parser()) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_too_small_a_gpu_is_one_line_that_names_the_flags(call, scenes, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more lines")
+
+    monkeypatch.setattr(train, "train_one_epoch", full)
+    status, out, err = call("train", "--data_root", scenes, *NO_PIXELS_LOST)
+    assert status == 1 and err.count("\n") == 1 and not list(Path("checkpoint").glob("*.pth"))
+    assert "out of memory with --batch_size 4, --crop_size 64 64 and --width 4; lower one" in err
+    monkeypatch.setattr(predict.Predictor, "__call__", full)
+    status, out, err = call("predict", "--image_dir", scenes / "val")
+    assert status == 1 and err.count("\n") == 1 and "lower --batch_size or --tile" in err
+    assert not list(Path("predictions").iterdir())
