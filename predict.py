@@ -1,5 +1,6 @@
 """Segment photographs: for each, a mask whose pixel values are the class ids, and an overlay of the class colours.
 
+    python predict.py --image_dir drive.mp4 --legend            a video: an overlay of the same size and rate
     python predict.py --image_dir photos                        a folder, a file or a quoted pattern: 'photos/*.jpg'
     python predict.py --image_dir photos --checkpoint checkpoint/unet_best.pth --tta flip --no-overlay
     python predict.py --demo                                    on the scenes that train.py --demo made
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import default_checkpoint, load_model
@@ -31,11 +33,12 @@ from runtime import (
     run_command,
     select_device,
 )
-from visualize import mask_image, overlay_image
+from visualize import draw_legend, mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
         "save_dir": Path("checkpoint/demo/predictions")}
 # Photographs read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 IN_FLIGHT = min(16, max(4, os.cpu_count() or 1))
 
 
@@ -50,7 +53,8 @@ def yes_or_no(text: str) -> bool:
 def get_args_parser() -> OneLineParser:
     parser = OneLineParser(prog="predict.py", description=__doc__.splitlines()[0])
     group = parser.add_argument_group("files")
-    group.add_argument("--image_dir", metavar="PATH", help="a folder of photographs, one file, or a quoted pattern")
+    group.add_argument("--image_dir", metavar="PATH",
+                       help="a folder of photographs, one file, a video, or a quoted pattern")
     group.add_argument("--save_dir", type=Path, default=Path("predictions"), metavar="DIR",
                        help="folder for NAME_mask.png and NAME_overlay.png")
     group.add_argument("--overlay", type=yes_or_no, nargs="?", const=True, default=True, metavar="BOOL",
@@ -58,6 +62,7 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS,
                        help="write masks alone")
     group.add_argument("--alpha", type=number_in(0, 1), default=0.5, help="opacity of the colours in overlays")
+    group.add_argument("--legend", action="store_true", help="draw the classes' names and colours into overlays")
     group.add_argument("--skip_existing", action="store_true", help="leave out photographs whose pictures are there")
     group.add_argument("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
     add_inference_flags(parser)
@@ -132,13 +137,18 @@ def batches(items: Iterator, batch_size: int, max_pixels: int) -> Iterator[list]
         yield batch
 
 
+def draw_overlay(photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args) -> Image.Image:
+    overlay = overlay_image(photo, ids, classes, args.alpha)
+    return draw_legend(overlay, classes) if args.legend else overlay
+
+
 def write(name: str, photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args) -> None:
     """Write NAME_mask.png and NAME_overlay.png."""
     with atomic_path(args.save_dir / f"{name}_mask.png") as temporary:
         mask_image(ids, classes).save(temporary)
     if args.overlay:
         with atomic_path(args.save_dir / f"{name}_overlay.png") as temporary:
-            overlay_image(photo, ids, classes, args.alpha).save(temporary, compress_level=1)
+            draw_overlay(photo, ids, classes, args).save(temporary, compress_level=1)
 
 
 def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
@@ -177,6 +187,32 @@ def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet,
     return pixels, broken, shrunk
 
 
+def predict_video(path: Path, predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
+                  args: argparse.Namespace) -> int:
+    """Write NAME_overlay.mp4, streaming: a few frames are in memory. Returns the exit status."""
+    from video import VideoReader, write_video  # OpenCV, which photographs do without
+
+    video = VideoReader(path)
+
+    def overlays(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+        frames = batches((("", frame) for frame in video), args.batch_size, args.tile * args.tile or 1 << 40)
+        following = pool.submit(next, frames, None)  # decoded while the network runs
+        while batch := following.result():
+            following = pool.submit(next, frames, None)
+            images = predictor.prepare([resize_photo(frame, image_size) for _, frame in batch])
+            for (_, frame), ids in zip(batch, predictor(images, video.size).to(torch.uint8).cpu().numpy()):
+                yield np.asarray(draw_overlay(frame, ids, classes, args))
+
+    target = args.save_dir / f"{path.stem}_overlay.mp4"
+    with ThreadPoolExecutor(1) as pool:
+        bar = tqdm(overlays(pool), total=video.count or None, unit="frame", disable=None)
+        count = write_video(target, bar, video.size, video.rate)
+    print(f"wrote {target}, {count} frames at {video.rate:.4g} a second")
+    if count < video.count:
+        print(f"predict.py: {path} announces {video.count} frames; it may be cut short", file=sys.stderr)
+    return 1 if count < video.count else 0
+
+
 def print_shares(pixels: np.ndarray, classes: ClassSet) -> None:
     """The pixel share of each class, largest first, with a warning where one class is nearly everything."""
     share = pixels / max(1, pixels.sum())
@@ -210,6 +246,11 @@ def main(args) -> int:
         if not names:
             return 0
     predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
+    if photos[0].suffix.lower() in VIDEO_SUFFIXES:
+        if not args.overlay:
+            raise UserError(f"{photos[0]}: of a video there is an overlay alone; leave --no-overlay out")
+        print(f"{checkpoint} on {photos[0]}", flush=True)
+        return predict_video(photos[0], predictor, classes, config["train"].get("image_size"), args)
     print(f"{checkpoint} on {len(names)} photograph{'s' * (len(names) > 1)}", flush=True)
     pixels, broken, shrunk = predict_all(names, predictor, classes, config["train"].get("image_size"), args)
     done = len(names) - broken

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from datasets.classes import ClassSet
 from runtime import atomic_path
@@ -18,6 +18,25 @@ def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
 def overlay_image(photo: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
     """(H, W, 3) uint8 photograph and (H, W) ids -> the photograph under the classes' colours at opacity ``alpha``."""
     return Image.blend(Image.fromarray(photo), Image.fromarray(classes.to_rgb(ids)), alpha)
+
+
+def draw_legend(image: Image.Image, classes: ClassSet) -> Image.Image:
+    """The image with a box of the classes' colours and names in its lower left corner, as large as fits legibly."""
+    names = [(classes.names[i], classes.colors[i]) for i in classes.scored]
+    row = min(image.height // 24, (image.height - 4) // (len(names) + 1))
+    font = ImageFont.load_default(max(1, round(0.8 * row)))
+    width = round(2.5 * row + max(font.getlength(name) for name, _ in names))
+    if row < 8 or width > image.width:
+        return image
+    box = Image.new("RGB", (width, round((len(names) + 0.5) * row)))
+    draw = ImageDraw.Draw(box)
+    for i, (name, color) in enumerate(names):
+        top = round((i + 0.25) * row)
+        draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=color)
+        draw.text((2 * row, top + row // 2), name, "white", font, anchor="lm")
+    corner = (row // 2, image.height - box.height - row // 2, row // 2 + width, image.height - row // 2)
+    image.paste(Image.blend(image.crop(corner), box, 0.8), corner)
+    return image
 
 
 def panel_image(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet) -> Image.Image:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from datasets.classes import CAMVID
-from visualize import mask_image, overlay_image, panel_image, save_confusion_matrix, save_curves
+from visualize import draw_legend, mask_image, overlay_image, panel_image, save_confusion_matrix, save_curves
 
 COLORS = np.array(CAMVID.colors, np.uint8)
 
@@ -93,3 +93,21 @@ def test_confusion_matrix_shades_the_shares_of_each_label(tmp_path):
     assert (tmp_path / "rescaled.png").read_bytes() == (tmp_path / "right.png").read_bytes()
     assert shares["everywhere"] < shares["right"]  # a ninth of a label's pixels is nearly white
     save_confusion_matrix(np.array([[3, 1], [0, 0]]), ("a", "b"), tmp_path / "small.png")
+
+
+def test_legend_names_every_scored_class_in_its_corner():
+    photo = Image.new("RGB", (480, 360), (10, 200, 10))
+    image = np.array(draw_legend(photo.copy(), CAMVID))
+    changed = (image != np.array(photo)).any(-1)
+    rows, columns = np.nonzero(changed)
+    assert rows.min() > 150 and columns.max() < 200 and 0.05 < changed.mean() < 0.3
+    patches = {tuple(color) for color in image[changed]}
+    for i in CAMVID.scored:
+        blended = np.array([10, 200, 10]) * 0.2 + np.array(CAMVID.colors[i]) * 0.8
+        assert min(np.abs(np.array(patch) - blended).max() for patch in patches) <= 1, CAMVID.names[i]
+
+
+@pytest.mark.parametrize("size", [(480, 80), (60, 360), (1, 1)])
+def test_legend_that_would_not_be_legible_is_left_out(size):
+    photo = Image.new("RGB", size, (10, 200, 10))
+    assert (np.array(draw_legend(photo.copy(), CAMVID)) == np.array(photo)).all()

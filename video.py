@@ -1,0 +1,54 @@
+"""Videos frame by frame, by OpenCV: reading, and writing a file of the same size and rate."""
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what goes wrong is said in one line
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+
+from runtime import RunError, UserError, atomic_path  # noqa: E402
+
+
+class VideoReader:
+    """The frames of a file, (H, W, 3) uint8 RGB, upright. Raises UserError if there is not even one.
+
+    rate: frames a second. count: how many the file announces, 0 where it does not say.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.capture = cv2.VideoCapture(str(path))
+        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
+        self.count = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        known, self.first = self.capture.read()
+        if not known:
+            raise UserError(f"{path}: cannot be read as a video")
+        self.size = self.first.shape[:2]  # (H, W)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        known, frame = True, self.first
+        while known:
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            known, frame = self.capture.read()
+        self.capture.release()
+
+
+def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> int:
+    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) as MPEG-4; their number.
+
+    The file appears when it is whole. Raises RunError if it cannot be written.
+    """
+    count = 0
+    with atomic_path(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, size[::-1])
+        if not writer.isOpened():
+            raise RunError(f"{path}: cannot be written as a video")
+        try:
+            for frame in frames:
+                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+                count += 1
+        finally:
+            writer.release()
+    return count
