@@ -110,7 +110,7 @@ def add_recipe_flags(parser: OneLineParser) -> None:
                        help="height and width of training crops, or one number for both")
     group.add_argument("--image_size", type=positive_int, nargs=2, metavar=("H", "W"),
                        help="resize frames as they are read; scores stay at the labels' own size")
-    group.add_argument("--scale", type=number_in(0.1, 10), nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
+    group.add_argument("--scale", type=number_in(0.1, 10), nargs=2, default=[0.4, 1.2], metavar=("MIN", "MAX"),
                        help="range of the random scale before cropping")
     group.add_argument("--jitter", type=number_in(0, 1), default=0.2,
                        help="range of brightness, contrast and saturation around 1; 0: none")

@@ -12,7 +12,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside each would compete with the network
 
 
-def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.5, 1.5),
+def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.4, 1.2),
                     jitter: float = 0.2) -> A.Compose:
     """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 

@@ -76,7 +76,7 @@ def test_flips_left_and_right_but_never_upside_down():
 @pytest.mark.parametrize("scale", [None, (0.8, 1.25)])
 def test_scales_both_sides_alike_within_the_range(scale):
     options = {} if scale is None else {"scale": scale}
-    low, high = scale or (0.5, 1.5)
+    low, high = scale or (0.4, 1.2)
     sizes = []
     for _, mask in draw(60, CENTRE, (130, 130), **options):
         height, width = (np.ptp(index) + 1 for index in np.nonzero(mask == 9))
