@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -135,9 +135,10 @@ def update(model: nn.Module, optimizer: Optimizer, scheduler, scaler: torch.amp.
 
 @torch.inference_mode()
 def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetric,
-             stop: Callable[[], bool] = lambda: False) -> float:
+             stop: Callable[[], bool] = lambda: False, on_batch: Callable[[Tensor], None] = lambda ids: None) -> float:
     """Fill ``metric`` from batches of (images (N, 3, H, W), masks (N, H', W')), scored at the masks' size.
 
+    on_batch: receives the predicted ids (N, H', W') of every batch.
     Returns the mean cross-entropy of the labelled pixels, NaN where there are none. Raises Interrupted
     after the batch in which ``stop()`` became true.
     """
@@ -148,7 +149,9 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     for images, masks in progress(loader, desc="val", unit="batch"):
         masks = masks.to(predictor.device, non_blocking=True)
         prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
-        metric.update(most_probable(prob), masks)
+        ids = most_probable(prob)
+        metric.update(ids, masks)
+        on_batch(ids)
         known = masks != ignore_index
         of_label = prob.gather(1, torch.where(known, masks, 0).unsqueeze(1)).squeeze(1)
         total -= (of_label.clamp_min(1e-8).log() * known).sum()

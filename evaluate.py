@@ -2,11 +2,14 @@
 
     python evaluate.py --data_root data/CamVid --split test
     python evaluate.py --data_root data/CamVid --split val --checkpoint checkpoint/unet_best.pth --tta flip
+    python evaluate.py --data_root data/CamVid --report report      then open report/index.html
 """
 import json
 import math
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checkpoints import default_checkpoint, load_model
@@ -17,6 +20,7 @@ from datasets.transforms import eval_transform
 from engine import validate
 from inference import add_inference_flags, predictor_from_flags
 from metric import SegmentationMetric, score_table
+from report import Report
 from runtime import (
     OneLineParser,
     UserError,
@@ -40,6 +44,8 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--split", default="val", help="folder of the split in --data_root: train, val or test")
     group.add_argument("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR",
                        help="folder for metrics.json and confusion_matrix.png")
+    group.add_argument("--report", type=Path, metavar="DIR",
+                       help="folder for index.html, a page of all pictures from the worst to the best")
     group.add_argument("--workers", type=whole_number,
                        help="loader processes; 0 loads in the main one; when not given: what suits the machine")
     return parser
@@ -89,7 +95,15 @@ def main(args) -> int:
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
     metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
-    validate(predictor, loader, metric)
+    report, order = Report(classes), iter(range(len(dataset)))
+
+    def add_to_report(ids: Tensor) -> None:
+        for prediction in ids.to(torch.uint8).cpu().numpy():
+            i = next(order)
+            photo, label = dataset.read(i)
+            report.add(dataset.pairs[i].photo.stem, photo, prediction, label)
+
+    validate(predictor, loader, metric, on_batch=add_to_report if args.report else lambda ids: None)
     scores = metric.compute()
     print(f"{args.checkpoint} on {args.split} of {args.data_root}, {len(dataset)} images"
           f"{'' if args.tta == 'none' else f', averaged over {args.tta}'}")
@@ -101,6 +115,9 @@ def main(args) -> int:
     save_confusion_matrix(metric.confusion_matrix()[scored][:, scored], tuple(classes.names[i] for i in scored),
                           folder / "confusion_matrix.png")
     print(f"wrote {folder / 'metrics.json'} and {folder / 'confusion_matrix.png'}")
+    if args.report:
+        title = f"{args.checkpoint.stem} on {args.split} of {args.data_root.resolve().name}"
+        print(f"wrote {report.write(make_folder(args.report), title, metric)}")
     return 0
 
 

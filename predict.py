@@ -23,6 +23,7 @@ from checkpoints import default_checkpoint, load_model
 from datasets.camvid import PHOTO_SUFFIXES, read_photo, resize_photo
 from datasets.classes import ClassSet
 from inference import Predictor, add_inference_flags, predictor_from_flags
+from report import Report
 from runtime import (
     OneLineParser,
     UserError,
@@ -62,6 +63,7 @@ def get_args_parser() -> OneLineParser:
     group.add_argument("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS,
                        help="write masks alone")
     group.add_argument("--alpha", type=number_in(0, 1), default=0.5, help="opacity of the colours in overlays")
+    group.add_argument("--report", type=Path, metavar="DIR", help="folder for index.html, a page of all pictures")
     group.add_argument("--legend", action="store_true", help="draw the classes' names and colours into overlays")
     group.add_argument("--skip_existing", action="store_true", help="leave out photographs whose pictures are there")
     group.add_argument("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
@@ -152,8 +154,8 @@ def write(name: str, photo: np.ndarray, ids: np.ndarray, classes: ClassSet, args
 
 
 def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet, image_size: tuple[int, int] | None,
-                args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
-    """Write the pictures of every photograph under its name.
+                args: argparse.Namespace, report: Report) -> tuple[np.ndarray, int, int]:
+    """Write the pictures of every photograph under its name; gather them in ``report`` where --report asks for it.
 
     Returns the (C,) pixel counts and the numbers of broken and of shrunk files.
     """
@@ -179,6 +181,8 @@ def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet,
             for (name, photo), ids in zip(batch, predictor(images, size).to(torch.uint8).cpu().numpy()):
                 pixels += np.bincount(ids.ravel(), minlength=len(classes))
                 writing.append(pool.submit(write, name, photo, ids, classes, args))
+                if args.report:
+                    report.add(name, photo, ids)
             while len(writing) > IN_FLIGHT:
                 writing.popleft().result()
             bar.update(len(batch))
@@ -252,11 +256,15 @@ def main(args) -> int:
         print(f"{checkpoint} on {photos[0]}", flush=True)
         return predict_video(photos[0], predictor, classes, config["train"].get("image_size"), args)
     print(f"{checkpoint} on {len(names)} photograph{'s' * (len(names) > 1)}", flush=True)
-    pixels, broken, shrunk = predict_all(names, predictor, classes, config["train"].get("image_size"), args)
+    report = Report(classes)
+    pixels, broken, shrunk = predict_all(names, predictor, classes, config["train"].get("image_size"), args,
+                                         report)
     done = len(names) - broken
     if done:
         print_shares(pixels, classes)
     print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
+    if args.report:
+        print(f"wrote {report.write(make_folder(args.report), f'{checkpoint.stem} on {args.image_dir}')}")
     if shrunk:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
               f"photographs at their own size")
