@@ -41,7 +41,7 @@ CONFIG_KEYS = ("model", "classes", "normalize", "train")
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
                "warmup_steps", "batch_size", "grad_accum", "clip_grad", "crop_size", "image_size", "scale", "jitter",
                "class_weights", "loss", "label_smoothing", "ema", "seed")
-RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")
+RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png", "tensorboard")
 LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "cache", "workers", "device")
 TRAINING_KEYS = ("epoch", "steps_per_epoch", "best_miou", "ema_state_dict", "optimizer_state_dict",
                  "scheduler_state_dict", "scaler_state_dict", "rng_state", "history")

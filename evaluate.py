@@ -95,6 +95,8 @@ def main(args) -> int:
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
     metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
+    if args.report:
+        make_folder(args.report)
     report, order = Report(classes), iter(range(len(dataset)))
 
     def add_to_report(ids: Tensor) -> None:
@@ -117,7 +119,7 @@ def main(args) -> int:
     print(f"wrote {folder / 'metrics.json'} and {folder / 'confusion_matrix.png'}")
     if args.report:
         title = f"{args.checkpoint.stem} on {args.split} of {args.data_root.resolve().name}"
-        print(f"wrote {report.write(make_folder(args.report), title, metric)}")
+        print(f"wrote {report.write(args.report, title, metric)}")
     return 0
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from checkpoints import default_checkpoint, load_model
 from datasets.camvid import PHOTO_SUFFIXES, read_photo, resize_photo
 from datasets.classes import ClassSet
-from inference import Predictor, add_inference_flags, predictor_from_flags
+from inference import TILE, Predictor, add_inference_flags, predictor_from_flags
 from report import Report
 from runtime import (
     OneLineParser,
@@ -160,7 +160,7 @@ def predict_all(names: dict[Path, str], predictor: Predictor, classes: ClassSet,
     Returns the (C,) pixel counts and the numbers of broken and of shrunk files.
     """
     pixels, broken, shrunk = np.zeros(len(classes), np.int64), 0, 0
-    max_pixels = args.tile * args.tile or 1 << 40
+    max_pixels = (args.tile or TILE) ** 2
 
     def readable(pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
         nonlocal broken
@@ -199,7 +199,7 @@ def predict_video(path: Path, predictor: Predictor, classes: ClassSet, image_siz
     video = VideoReader(path)
 
     def overlays(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-        frames = batches((("", frame) for frame in video), args.batch_size, args.tile * args.tile or 1 << 40)
+        frames = batches((("", frame) for frame in video), args.batch_size, (args.tile or TILE) ** 2)
         following = pool.submit(next, frames, None)  # decoded while the network runs
         while batch := following.result():
             following = pool.submit(next, frames, None)
@@ -241,6 +241,8 @@ def main(args) -> int:
     if args.save_dir.resolve() in {folder.resolve() for folder in {photo.parent for photo in photos}}:
         raise UserError(f"--save_dir {args.save_dir}: is the photographs' own folder; give another one")
     make_folder(args.save_dir)
+    if args.report:
+        make_folder(args.report)
     names = dict(zip(photos, output_names(photos)))
     if args.skip_existing:
         kinds = ("mask", "overlay") if args.overlay else ("mask",)
@@ -264,7 +266,7 @@ def main(args) -> int:
         print_shares(pixels, classes)
     print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
     if args.report:
-        print(f"wrote {report.write(make_folder(args.report), f'{checkpoint.stem} on {args.image_dir}')}")
+        print(f"wrote {report.write(args.report, f'{checkpoint.stem} on {args.image_dir}')}")
     if shrunk:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
               f"photographs at their own size")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import distributed
-from checkpoints import Run, load_checkpoint, load_model, load_weights
+from checkpoints import Run, load_checkpoint, load_weights
 from datasets.cache import FrameCache
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, stray_line
@@ -36,8 +36,9 @@ from engine import (
 )
 from inference import TILE, Predictor
 from loss import SegmentationLoss, class_weights
-from metric import SegmentationMetric, score_table
+from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
+from monitor import Monitor, summarize
 from runtime import (
     OneLineParser,
     RunError,
@@ -57,7 +58,6 @@ from runtime import (
     select_device,
     whole_number,
 )
-from visualize import panel_image, save_curves
 
 # The demo has three minutes on two CPU cores: small frames, many small steps, a schedule that ends in time.
 DEMO_SCENES, DEMO_SIZE = {"train": 300, "val": 40, "test": 8}, (192, 144)
@@ -85,6 +85,7 @@ def get_args_parser() -> OneLineParser:
                             "checkpoint/cache")
     group.add_argument("--workers", type=whole_number,
                        help="loader processes; 0 loads in the main one; when not given: what suits the machine")
+    group.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too, into --checkpoint")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     group.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                        help="mixed precision on CUDA; auto: bf16 where the GPU has it, else fp16")
@@ -235,7 +236,7 @@ def main(args) -> int:
     status = fit(run, train_loader, val_loader, reports, device, amp_dtype)
     distributed.end_processes()
     if status == 0 and is_main_process():
-        summarize(run, DataLoader(val_loader.dataset, val_loader.batch_size), device, amp_dtype)
+        summarize(run, val_loader.dataset, val_loader.batch_size, device, amp_dtype)
     return status
 
 
@@ -253,6 +254,7 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
     scored_model = run.ema.module if run.ema else run.model
     predictor = Predictor(scored_model, classes.ignore_index, **run.normalize, device=device, amp_dtype=amp_dtype,
                           tile=TILE, max_side=run.max_side)
+    monitor = Monitor(run, val_loader.dataset, predictor)
     network = distributed.replicate(run.model, device)
     network = torch.compile(network) if args.compile else network
     val_pixels = sum(height * width * count for (height, width), count in reports["val"].sizes.items())
@@ -284,7 +286,10 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, reports: dic
                 raise RunError(f"{device} is out of memory with --batch_size {args.batch_size}, --crop_size "
                                f"{' '.join(map(str, args.crop_size))} and --width {args.width}; lower one of them, or "
                                f"give half the --batch_size and --grad_accum {2 * args.grad_accum}") from None
-            record(run, {"epoch": epoch, **row, "seconds": time.perf_counter() - started, **val})
+            row = {"epoch": epoch, **row, "seconds": time.perf_counter() - started, **val}
+            record(run, row)
+            monitor(row)
+    monitor.close()
     return 0
 
 
@@ -300,31 +305,8 @@ def record(run: Run, row: dict) -> None:
         run.best_miou = max(score, run.best_miou)
         scores = "val loss {val_loss:.3f}  val mIoU {val_miou:.3f}  acc {val_pixel_accuracy:.3f}  ".format(**row)
     run.save(best)
-    if scores and is_main_process():
-        save_curves(run.history, run.path("curves.png"))
     print(f"epoch {row['epoch']:>3}/{run.args.epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
           f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s{'  *best' if best else ''}", flush=True)
-
-
-def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype: torch.dtype | None) -> None:
-    """Score the best checkpoint as it lies on the disk: per-class table, a panel of three frames, what to run next."""
-    best = run.path("best.pth")
-    model, classes, config = load_model(best)
-    predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device, amp_dtype=amp_dtype,
-                          tile=TILE, max_side=config["max_side"])
-    metric, val_set = SegmentationMetric(len(classes), classes.void_id), val_loader.dataset
-    validate(predictor, val_loader, metric)
-    print(f"\nbest epoch, {best}:\n{score_table(metric.compute(), classes.names, classes.ignore_index)}")
-    rows = []
-    for i in sorted({0, len(val_set) // 2, len(val_set) - 1}):
-        image, mask = val_set[i]
-        rows.append((val_set.read(i)[0], mask.numpy(), predictor(image[None], mask.shape)[0].cpu().numpy()))
-    with atomic_path(run.path("panel.png")) as temporary:
-        panel_image(rows, classes).save(temporary)
-    print(f"\npictures: {run.path('panel.png')} (photograph, label, prediction), {run.path('curves.png')}\nnext:")
-    predict = ["--demo"] if run.args.demo else ["--image_dir", "PHOTOS", "--checkpoint", str(best)]
-    evaluate = ["--data_root", str(run.args.data_root), "--split", "val", "--checkpoint", str(best)]
-    print(f"  python predict.py {shlex.join(predict)}\n  python evaluate.py {shlex.join(evaluate)}")
 
 
 def resume_command(run: Run) -> str:

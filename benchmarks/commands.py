@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import references
-from measure import DEVICE, ROOT, Row, command, in_turns
+from measure import DEVICE, ROOT, Row, command, in_turns, peak_memory
 
 from datasets.camvid import CamVidDataset
 from datasets.check import check_data
@@ -18,14 +18,14 @@ from datasets.synthetic import generate_scene
 SHIPPED = ROOT / "checkpoint" / "camvid_unet.pth"
 
 
-def predict_command(photos: Path, *flags) -> float:
-    return command("predict.py", "--image_dir", photos, "--save_dir", photos.with_name(f"{photos.name}_out"),
-                   "--checkpoint", SHIPPED, *flags)
+def predict_flags(photos: Path, *flags) -> tuple:
+    return ("predict.py", "--image_dir", photos, "--save_dir", photos.with_name(f"{photos.name}_out"), "--checkpoint",
+            SHIPPED, *flags)
 
 
 def make_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
     """``count`` generated scenes of (width, height), enlarged from 480×360 where they are larger."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scenes = [generate_scene(i, *min(size, (480, 360)))[0].resize(size) for i in range(min(count, 8))]
     for i in range(count):
         scenes[i % 8].save(folder / f"{i:05}.png", compress_level=1)
@@ -35,7 +35,7 @@ def make_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
 def predict(args) -> Iterator[Row]:
     count = 100
     photos = make_photos(args.scratch / "photos", count, (480, 360))
-    seconds = in_turns(3, lambda: predict_command(photos),
+    seconds = in_turns(3, lambda: command(*predict_flags(photos)),
                        lambda: command(references.__file__, SHIPPED, photos, args.scratch / "plain", DEVICE))
     yield Row(f"predict.py, {count} photographs of 480×360", seconds[0], "s", seconds[1], "plain loop",
               1.5 if DEVICE.type == "cpu" else 8)
@@ -71,7 +71,7 @@ def memory(args) -> Iterator[Row]:
         photos = make_photos(args.scratch / f"large{count}", count, (4000, 3000))
         for flags in ((), ("--max_side", "0")):
             yield Row(f"predict.py {' '.join(flags)} on {count} of 4000×3000: peak memory",
-                      predict_command(photos, *flags), "GB", at_most=4)
+                      peak_memory(*predict_flags(photos, *flags)), "GB", at_most=4)
 
 
 def scaling(args) -> Iterator[Row]:
@@ -79,7 +79,7 @@ def scaling(args) -> Iterator[Row]:
     def each(size: tuple[int, int], count: int) -> float:
         folders = [make_photos(args.scratch / f"scaling_{size[0]}_{n}", n, size) for n in (1, count)]
         first, all_of_them = in_turns(3 if count <= 100 else 1, *(
-            lambda folder=folder: predict_command(folder, "--max_side", 0, "--tile", 0) for folder in folders))
+            lambda folder=folder: command(*predict_flags(folder, "--max_side", 0, "--tile", 0)) for folder in folders))
         return (all_of_them - first) / (count - 1)
     for count in (10, 100) if args.quick else (10, 100, 1000):
         yield Row(f"predict.py, {count} of 240×180, each", 1e3 * each((240, 180), count), "ms")

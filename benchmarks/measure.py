@@ -1,5 +1,4 @@
 """A line of the table, and how its seconds are taken."""
-import os
 import subprocess
 import sys
 import time
@@ -63,11 +62,16 @@ def in_turns(runs: int, *functions: Callable) -> list[float]:
     return [median(seconds) for seconds in times]
 
 
-def command(*arguments) -> float:
-    """Run a Python command in a process of its own; its peak memory in GB."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{arguments[0]} ended with status {process.returncode}")
-    return usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+def command(*arguments) -> None:
+    """Run a Python command in a process of its own."""
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def peak_memory(*arguments) -> float:
+    """The most memory, in GB, that a Python command takes."""
+    # From a small process: a new one's peak begins with the memory of the process that starts it.
+    code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code, sys.executable, *map(str, arguments)], check=True, text=True,
+                          stdout=subprocess.PIPE, cwd=ROOT)
+    return int(done.stdout) / (1e9 if sys.platform == "darwin" else 1e6)

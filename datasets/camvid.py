@@ -4,6 +4,7 @@
     root/train root/trainannot   root/val root/valannot …     the SegNet copy: ids 0 Sky … 10 Bicyclist, 11 void
 """
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,22 @@ def find_pairs(photo_dir: Path, label_dir: Path) -> tuple[list[Pair], list[str]]
     if not photos and not labels:
         problems.append(f"{photo_dir} and {label_dir.name}: no images ({' '.join(PHOTO_SUFFIXES)})")
     return [Pair(photos[stem], labels[stem]) for stem in photos if stem in labels], problems
+
+
+def standard_split(stem: str) -> str | None:
+    """The split of a CamVid frame in the literature, by its drive and number; None for any other file.
+
+    Source: the lists of Badrinarayanan et al. 2017 (SegNet), 367, 101 and 233 frames.
+    """
+    match = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", stem)
+    if match is None:
+        return None
+    drive, number = match[1], int(match[2])
+    if drive == "0001TP":
+        return "train" if number <= 8520 else "test"
+    if drive == "0016E5":
+        return "val" if 7959 <= number <= 8159 else "train"
+    return {"0006R0": "train", "Seq05VD": "test"}[drive]
 
 
 def open_image(path: Path) -> Image.Image:

@@ -22,6 +22,7 @@ from datasets.camvid import (
     read_label,
     read_photo,
     resolve_label_format,
+    standard_split,
     to_rgb,
 )
 from datasets.classes import UNKNOWN, ClassSet
@@ -163,6 +164,19 @@ def describe(report: SplitReport, classes: ClassSet) -> str:
     return "\n".join(lines)
 
 
+def mixed_frames(root: Path, splits: list[str]) -> str | None:
+    """A warning where CamVid's drives are split at random, as in Kaggle's copy, so that neighbours are trained on."""
+    frames = sorted((*path.stem.rsplit("_", 1), split) for split in splits if (root / split).is_dir()
+                    for path in (root / split).iterdir() if standard_split(path.stem))
+    held_out = [frame for frame in frames if frame[2] != "train"]
+    between = [drive for (before, _, a), (drive, _, b), (after, _, c) in zip(frames, frames[1:], frames[2:])
+               if b != "train" and a == c == "train" and before == drive == after]
+    if len(between) < 0.2 * len(held_out) or not between:
+        return None
+    return (f"warning: {len(between)} of the {len(held_out)} frames outside train lie between two training frames of "
+            f"the same drive: scores will be too high; python -m datasets.download --from ARCHIVE sorts them anew")
+
+
 def stray_line(report: SplitReport) -> str:
     """One line on the pixels of unknown colour or id, for the log."""
     shown = ", ".join(f"{name} ({count})" for name, count in list(report.stray.items())[:3])
@@ -198,6 +212,9 @@ def main(args) -> int:
         find_folders(args.data_root, "train")
     reports = [check_split(args.data_root, split, classes, args.label_format) for split in splits]
     print("\n".join(describe(report, classes) for report in reports))
+    warning = mixed_frames(args.data_root, splits)
+    if warning:
+        print(warning)
     problems = [problem for report in reports for problem in report.problems]
     print("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
     return 1 if problems else 0

@@ -261,9 +261,10 @@ def test_checkpoints(call, tmp_path, scenes, kind, flag):
 
 
 # What is wrong for a flag whose type does not say it.
-WRONG = {"--data_root": "nowhere", "--image_dir": "nowhere", "--save_dir": "file", "--device": "tpu",
-         "--init_from": "nowhere.pth", "--resume": "nowhere.pth", "--cache": "file", "--ignore_class": "Unicorn",
-         "--num_classes": "5", "--split": "dev", "--crop_size": "8", "--scale": "2 1", "--image_size": "0 0"}
+WRONG = {"--data_root": "nowhere", "--image_dir": "nowhere", "--save_dir": "file", "--report": "file",
+         "--device": "tpu", "--init_from": "nowhere.pth", "--resume": "nowhere.pth", "--cache": "file",
+         "--ignore_class": "Unicorn", "--num_classes": "5", "--split": "dev",
+         "--crop_size": "8", "--scale": "2 1", "--image_size": "0 0"}
 
 
 def wrong_flags() -> list[tuple[str, str, str]]:
