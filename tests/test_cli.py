@@ -293,3 +293,18 @@ def test_training_on_real_frames(camvid, tmp_path):
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert sum(entry["pixels"] for entry in metrics["per_class"]) == sum(
         np.asarray(picture(path).convert("RGB")).any(-1).sum() for path in (root / "val_labels").iterdir())
+
+
+def test_spawned_workers_and_data_that_is_not_written_to(trained, data, tmp_path):
+    """Windows and macOS start loader processes anew; data may lie on a disk that cannot be written."""
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    flags = ["train.py", "--data_root", str(data), *SMALL, "--workers", "2", "--cache"]
+    code = (f"import sys, torch\ntorch.multiprocessing.set_start_method('spawn')\nsys.path.insert(0, {str(REPO)!r})\n"
+            f"sys.argv = {flags!r}\nimport runtime, train\n"
+            "sys.exit(runtime.run_command(train.main, train.get_args_parser()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+    ours, theirs = (torch.load(folder / "checkpoint" / "unet_last.pth", weights_only=True)["model_state_dict"]
+                    for folder in (tmp_path, trained))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

@@ -1,4 +1,5 @@
 """How commands end when they are stopped, when nobody reads what they print, when the disk is full or gone."""
+import contextlib
 import os
 import shutil
 import signal
@@ -45,6 +46,16 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
+def reads(process: subprocess.Popen, folder: Path) -> bool:
+    """Whether the process has a file of the folder open just now."""
+    for path in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(path).startswith(str(folder)):
+                return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "check", "synthetic"])
 def test_a_signal_leaves_what_is_finished_and_nothing_else(data, tmp_path, command, number):
@@ -55,10 +66,13 @@ def test_a_signal_leaves_what_is_finished_and_nothing_else(data, tmp_path, comma
         "synthetic": ("datasets.synthetic", "--out", "out", "--size", "96", "72", "--train", "100000"),
     }[command]
     process = start(script, *flags, cwd=tmp_path)
-    if command == "predict":
-        wait_for(lambda: len(list(tmp_path.glob("out/*"))) > 20)
-    else:
-        time.sleep(6)  # into the work
+    wait_for({
+        "predict": lambda: len(list(tmp_path.glob("out/*"))) > 20,
+        "evaluate": lambda: any(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")),
+        "check": lambda: reads(process, data / "many"),
+        "synthetic": lambda: list(tmp_path.glob(".out.tmp/train_labels/*")),
+    }[command])
+    time.sleep(0.5)
     assert process.poll() is None
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=30)
