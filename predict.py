@@ -40,7 +40,7 @@ DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoi
         "save_dir": Path("checkpoint/demo/predictions")}
 # Photographs read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
-IN_FLIGHT = min(16, max(4, os.cpu_count() or 1))
+IN_FLIGHT = min(8, max(4, os.cpu_count() or 1))
 
 
 def yes_or_no(text: str) -> bool:

@@ -312,7 +312,7 @@ def record(run: Run, row: dict) -> None:
 def resume_command(run: Run) -> str:
     if not run.history:
         return "no epoch was finished, so there is nothing to resume"
-    flags = [*sys.argv[1:], "--resume", "auto"]
+    flags = sys.argv[1:] if sys.argv[-2:] == ["--resume", "auto"] else [*sys.argv[1:], "--resume", "auto"]
     return f"{run.path('last.pth')} holds epoch {run.epoch}. To go on:\n  python train.py {shlex.join(flags)}"
 
 
