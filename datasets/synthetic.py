@@ -185,8 +185,12 @@ def generate_dataset(root: Path, counts: dict[str, int], size: tuple[int, int] =
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
     number, unfinished = seed * 1_000_000, root.with_name(f".{root.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{root}: the folder cannot be created ({error.strerror or error})") from None
+    try:
         for split, count in counts.items():
             folders = make_folder(unfinished / split), make_folder(unfinished / f"{split}_labels")
             for i in range(count):
