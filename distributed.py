@@ -16,11 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime import UserError, is_main_process
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+from runtime import UserError, is_distributed, is_main_process, under_torchrun
 
 
 def world_size() -> int:
@@ -37,7 +33,7 @@ def start_processes(device: str) -> str:
     Further processes print nothing but errors. SIGTERM ends each at once, even while it waits for another.
     Raises UserError where there are fewer GPUs than processes, or a single GPU is named for several.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+    if not under_torchrun() or os.environ["WORLD_SIZE"] == "1":
         return device
     index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device == "auto":
@@ -71,7 +67,7 @@ def end_processes() -> None:
 
 def exit_process(status: int) -> NoReturn:
     """End the program; under torchrun at once, because gloo's threads now and then abort a process that tidies up."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -81,7 +77,7 @@ def exit_process(status: int) -> NoReturn:
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
     """The others wait until the first process of all has done the block, then do it too."""
-    if is_distributed() and rank() > 0:
+    if rank() > 0:
         dist.barrier()
     yield
     if is_distributed() and rank() == 0:

@@ -7,6 +7,7 @@
 The input is `image`, (N, 3, H, W) float32, normalised; the output `logits`, (N, C, H, W). With --with_preprocessing
 they are `photo`, (N, H, W, 3) uint8 RGB, and `ids`, (N, H, W) uint8 class ids. The file's metadata holds the classes.
 """
+import importlib.util
 import json
 import logging
 import warnings
@@ -20,6 +21,7 @@ from checkpoints import default_checkpoint, load_model
 from inference import fold_batch_norm
 from runtime import OneLineParser, RunError, UserError, atomic_path, run_command
 
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the last is what torch's exporter needs
 SIZES = ((1, 64, 96), (2, 90, 131), (1, 33, 17))  # (N, H, W) of the check: multiples of 16 or not, a batch or not
 TOLERANCE = 1e-3  # of logits, whose range is about 20
 
@@ -42,12 +44,9 @@ class FromPhotos(nn.Module):
 
 
 def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str], with_preprocessing: bool) -> None:
-    """Export with dynamic N, H and W. Raises UserError where a package is missing."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise UserError(f"{error.name} is needed: pip install onnx onnxruntime onnxscript") from None
+    """Export with dynamic N, H and W."""
+    import onnx
+
     name, height = ("photo", 1) if with_preprocessing else ("image", 2)
     dynamic = {0: "batch", height: "height", height + 1: "width"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -74,10 +73,8 @@ def check_onnx(network: nn.Module, path: Path, with_preprocessing: bool) -> floa
 
     Raises RunError where it is more than rounding.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("onnxruntime is needed to check the file: pip install onnxruntime") from None
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     largest = 0.0
     for size in SIZES:
@@ -101,6 +98,9 @@ def get_args_parser() -> OneLineParser:
 
 
 def main(args) -> int:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: pip install {' '.join(PACKAGES)}")
     checkpoint = args.checkpoint or default_checkpoint()
     model, classes, config = load_model(checkpoint)
     network = fold_batch_norm(model)

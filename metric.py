@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime import is_distributed
+
 
 class SegmentationMetric:
     """Counts (label, prediction) pairs of pixels; every score is derived from the int64 counts.
@@ -35,12 +37,14 @@ class SegmentationMetric:
         rows = target.clamp(-1, self.num_classes)
         if self.ignore_index is not None and not self._ignores_a_class:
             rows.masked_fill_(target == self.ignore_index, self.num_classes + 1)
-        shape = (self.num_classes + 3, self.num_classes + 2)
-        code = rows.add_(1).mul_(shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
+        counts = self._no_counts(pred.device)
+        code = rows.add_(1).mul_(counts.shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
         # Not bincount, which on a GPU waits for the largest code.
-        counts = torch.zeros(shape, dtype=torch.int64, device=code.device)
         counts.view(-1).scatter_add_(0, code, torch.ones_like(code))
         self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
+
+    def _no_counts(self, device: torch.device | str) -> Tensor:
+        return torch.zeros(self.num_classes + 3, self.num_classes + 2, dtype=torch.int64, device=device)
 
     @property
     def _ignores_a_class(self) -> bool:
@@ -48,11 +52,11 @@ class SegmentationMetric:
 
     def all_reduce(self) -> None:
         """Add the counts of every process of a distributed run; nothing to do in a single process."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return
         if self.counts is None:  # a process without a batch takes part all the same, or the others would wait for it
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            self.counts = torch.zeros(self.num_classes + 3, self.num_classes + 2, dtype=torch.int64, device=device)
+            self.counts = self._no_counts(device)
         dist.all_reduce(self.counts)
 
     def confusion_matrix(self) -> np.ndarray:

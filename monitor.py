@@ -10,7 +10,7 @@ from datasets.camvid import CamVidDataset
 from engine import validate
 from inference import TILE, Predictor
 from metric import SegmentationMetric, score_table
-from runtime import UserError, atomic_path, is_main_process
+from runtime import UserError, atomic_path, init_worker, is_main_process
 from visualize import panel_image, save_curves
 
 
@@ -52,9 +52,9 @@ class Monitor:
         """The first, the middle and the last validation frame with label and prediction, as an image."""
         rows = []
         for i in self.frames:
-            image, mask = self.val_set[i]
-            prediction = self.predictor(image[None], mask.shape)[0].cpu().numpy()
-            rows.append((self.val_set.read(i)[0], mask.numpy(), prediction))
+            photo, label = self.val_set.read(i)
+            prediction = self.predictor(self.predictor.prepare([photo]), label.shape)[0].cpu().numpy()
+            rows.append((photo, label, prediction))
         return panel_image(rows, self.run.classes)
 
     def close(self) -> None:
@@ -65,15 +65,17 @@ class Monitor:
             self.writer.close()
 
 
-def summarize(run: Run, val_set: CamVidDataset, batch_size: int, device: torch.device,
-              amp_dtype: torch.dtype | None) -> None:
+def summarize(run: Run, val_loader: DataLoader, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Score the best checkpoint as it lies on the disk: the table per class, and what to run next."""
     best = run.path("best.pth")
     model, classes, config = load_model(best)
     predictor = Predictor(model, classes.ignore_index, **config["normalize"], device=device, amp_dtype=amp_dtype,
                           tile=TILE, max_side=config["max_side"])
     metric = SegmentationMetric(len(classes), classes.void_id)
-    validate(predictor, DataLoader(val_set, batch_size), metric)
+    # Anew, because in a distributed run that loader holds a share of the split.
+    whole = DataLoader(val_loader.dataset, val_loader.batch_size, num_workers=val_loader.num_workers,
+                       worker_init_fn=init_worker)
+    validate(predictor, whole, metric)
     print(f"\nbest epoch, {best}:\n{score_table(metric.compute(), classes.names, classes.ignore_index)}")
     print(f"\npictures: {run.path('panel.png')} (photograph, label, prediction), {run.path('curves.png')}\nnext:")
     predict = ["--demo"] if run.args.demo else ["--image_dir", "PHOTOS", "--checkpoint", str(best)]

@@ -1,8 +1,8 @@
 """Segment photographs: for each, a mask whose pixel values are the class ids, and an overlay of the class colours.
 
-    python predict.py --image_dir drive.mp4 --legend            a video: an overlay of the same size and rate
     python predict.py --image_dir photos                        a folder, a file or a quoted pattern: 'photos/*.jpg'
     python predict.py --image_dir photos --checkpoint checkpoint/unet_best.pth --tta flip --no-overlay
+    python predict.py --image_dir drive.mp4 --legend            a video: an overlay of the same size and rate
     python predict.py --demo                                    on the scenes that train.py --demo made
 """
 import argparse
@@ -38,8 +38,8 @@ from visualize import draw_legend, mask_image, overlay_image
 
 DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
         "save_dir": Path("checkpoint/demo/predictions")}
-# Photographs read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
+# Photographs read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
 IN_FLIGHT = min(8, max(4, os.cpu_count() or 1))
 
 
@@ -76,12 +76,12 @@ def find_photos(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
         return [path]
-    names = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    if path.is_dir():
+        names = path.iterdir()
+    else:  # a pattern with ** follows links to folders, in circles too: each file once, by its shortest way
+        found = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda name: -len(name.parts))
+        names = {(os.path.realpath(name.parent), name.name): name for name in found}.values()
     photos = sorted(name for name in names if name.suffix.lower() in PHOTO_SUFFIXES and not name.name.startswith("."))
-    # A pattern with ** follows links to folders, in circles too: each file once, by its shortest way.
-    by_place = {(os.path.realpath(photo.parent), photo.name): photo
-                for photo in sorted(photos, key=lambda photo: -len(photo.parts))}
-    photos = sorted(by_place.values())
     if not photos:
         what = "no photographs in it" if path.is_dir() else "no such file or folder"
         raise UserError(f"--image_dir {pattern}: {what} ({' '.join(PHOTO_SUFFIXES)})")
@@ -266,7 +266,7 @@ def main(args) -> int:
         print_shares(pixels, classes)
     print(f"wrote {done} mask{'s' * (done != 1)}{' and as many overlays' * args.overlay} to {args.save_dir}")
     if args.report:
-        print(f"wrote {report.write(args.report, f'{checkpoint.stem} on {args.image_dir}')}")
+        print(f"wrote {report.write(args.report, f'{checkpoint.stem} on {args.image_dir}', pixels=pixels)}")
     if shrunk:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
               f"photographs at their own size")

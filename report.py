@@ -22,12 +22,10 @@ class Report:
     def __init__(self, classes: ClassSet):
         self.classes, self.void_id = classes, classes.void_id
         self.cards: list[dict] = []
-        self.pixels = np.zeros(len(classes), np.int64)  # predicted
 
     def add(self, name: str, photo: np.ndarray, ids: np.ndarray, label: np.ndarray | None = None) -> None:
         """photo: (H, W, 3) uint8 RGB; ids, label: (H', W') class ids."""
         size = _fit(*ids.shape[::-1])
-        self.pixels += np.bincount(ids.ravel(), minlength=len(self.classes))
         shown = ids if label is None else np.where(label == self.void_id, ids, label)
         card = {"name": name, "present": [k for k, i in enumerate(self.classes.scored) if (shown == i).any()],
                 "photo": _jpeg(photo, size), "prediction": self._mask(ids, size)}
@@ -40,13 +38,17 @@ class Report:
                      "iou": [_plain(scores["iou"][i]) for i in self.classes.scored]}
         self.cards.append(card)
 
-    def write(self, folder: Path, title: str, metric: SegmentationMetric | None = None) -> Path:
-        """Write folder/index.html, with the scores of ``metric`` where there are labels. Raises RunError."""
+    def write(self, folder: Path, title: str, metric: SegmentationMetric | None = None,
+              pixels: np.ndarray | None = None) -> Path:
+        """Write folder/index.html, with the scores of ``metric`` where there are labels, else the shares of the (C,)
+        predicted ``pixels``. Raises RunError.
+        """
         scored = self.classes.scored
-        share = self.pixels / max(1, self.pixels.sum())
         data = {"title": title, "headline": f"{len(self.cards)} photographs", "cards": self.cards,
-                "classes": [{"name": self.classes.names[i], "color": self.classes.colors[i], "share": share[i]}
-                            for i in scored]}
+                "classes": [{"name": self.classes.names[i], "color": self.classes.colors[i]} for i in scored]}
+        if pixels is not None:
+            for entry, i in zip(data["classes"], scored):
+                entry["share"] = pixels[i] / max(1, pixels.sum())
         if metric is not None:
             scores = metric.compute()
             for entry, i in zip(data["classes"], scored):

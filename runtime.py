@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
 import traceback
@@ -50,9 +51,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_main_process() -> bool:
     """Whether this is the only process of a run, or the one of a distributed run that writes and prints."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def is_distributed() -> bool:
+    """Whether this process has joined others, and not yet left them."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
@@ -91,7 +101,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
         complain("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
-        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        if is_distributed() and ("closed by peer" in str(error) or "reset by peer" in str(error)):
             complain("error: another process of the run has ended")
             return 1
         # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
@@ -227,7 +237,7 @@ def catch_signals() -> Iterator[StopSignal]:
     Not in a distributed run, whose processes would wait for the one that ends first.
     """
     stop = StopSignal()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         yield stop
         return
     previous = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -270,6 +280,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to ``path`` when the block ends well; else nothing of it stays.
+
+    Raises UserError if ``path`` holds anything already or cannot be created, RunError if it cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder; name another, or remove it first")
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be created ({error.strerror or error})") from None
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_file(path: Path) -> None:

@@ -236,7 +236,7 @@ def main(args) -> int:
     status = fit(run, train_loader, val_loader, reports, device, amp_dtype)
     distributed.end_processes()
     if status == 0 and is_main_process():
-        summarize(run, val_loader.dataset, val_loader.batch_size, device, amp_dtype)
+        summarize(run, val_loader, device, amp_dtype)
     return status
 
 

