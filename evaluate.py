@@ -1,4 +1,4 @@
-"""Score a checkpoint on a labelled split: a table per class, metrics.json and a picture of the confusion matrix.
+"""Score a checkpoint on a labelled split: a table per class, and metrics.json with the confusion matrix.
 
     python evaluate.py --data_root data/CamVid --split test
     python evaluate.py --data_root data/CamVid --split val --checkpoint checkpoint/unet_best.pth --tta flip
@@ -8,46 +8,34 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from checkpoints import default_checkpoint, load_model
 from datasets.camvid import CamVidDataset, find_classes
 from datasets.check import add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
 from datasets.transforms import eval_transform
-from engine import validate
-from inference import add_inference_flags, predictor_from_flags
+from inference.predictor import add_inference_flags
 from metric import SegmentationMetric, score_table
-from report import Report
-from runtime import (
-    OneLineParser,
-    UserError,
-    atomic_path,
-    default_workers,
-    init_worker,
-    keep_freed_memory,
-    make_folder,
-    run_command,
-    select_device,
-    whole_number,
-)
-from visualize import save_confusion_matrix
+from output.report import Report
+from support.command import Parser, UserError, number, run_command
+from support.device import default_workers, init_worker, select_amp_dtype, select_device
+from support.files import make_folder, write_file
+from training.checkpoints import default_checkpoint, load_predictor
+from training.engine import validate
 
 
-def get_args_parser() -> OneLineParser:
-    parser = OneLineParser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    add_data_flags(parser)
+def get_args_parser() -> Parser:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    add_data_flags(parser, required=True)
     add_inference_flags(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--split", default="val", help="folder of the split in --data_root: train, val or test")
-    group.add_argument("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR",
-                       help="folder for metrics.json and confusion_matrix.png")
-    group.add_argument("--report", type=Path, metavar="DIR",
-                       help="folder for index.html, a page of all pictures from the worst to the best")
-    group.add_argument("--workers", type=whole_number,
-                       help="loader processes; 0 loads in the main one; when not given: what suits the machine")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--split", default="val", help="folder of the split in --data_root: train, val or test")
+    add("--save_dir", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for metrics.json")
+    add("--report", type=Path, metavar="DIR", help="folder for index.html, a page of all images, the worst first")
+    add("--workers", type=number(int, 0, 1024), help="data loader processes; by default what suits the machine")
     return parser
 
 
@@ -56,67 +44,60 @@ def data_classes(args, trained: ClassSet, flags: dict) -> ClassSet:
 
     Raises UserError if they are not the classes that the checkpoint was trained on.
     """
-    for key in ("data_name", "label_format", "num_classes", "ignore_class"):
+    for key in ("data_name", "label_format", "num_classes"):
         if getattr(args, key) in (None, "auto") and flags.get(key) is not None:
             setattr(args, key, flags[key])
-    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes, args.ignore_class)
+    classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
     if classes.to_dict() != trained.to_dict():
         raise UserError(f"{args.checkpoint}: was trained on {len(trained)} classes ({', '.join(trained.names)}), "
                         f"{args.data_root} has {len(classes)} ({', '.join(classes.names)})")
     return classes
 
 
-def metrics_dict(scores: dict, names: tuple[str, ...], ignore_index: int | None, images: int) -> dict:
-    """The scores as plain JSON types; undefined ones are null. The ignored class is left out."""
+def metrics_dict(scores: dict, matrix: np.ndarray, classes: ClassSet, images: int) -> dict:
+    """The scores and the (C, C) confusion matrix as plain JSON types, without the ignored class; undefined is null."""
     def plain(value: float) -> float | None:
         return None if math.isnan(value) else float(value)
+    scored = classes.scored
     overall = {key: plain(scores[key]) for key in ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1")}
-    per_class = [{"id": i, "name": name, **{key: plain(scores[key][i]) for key in ("iou", "accuracy", "f1")},
-                  "pixels": int(scores["pixels"][i])} for i, name in enumerate(names) if i != ignore_index]
-    return {**overall, "images": images, "per_class": per_class}
+    per_class = [{"id": i, "name": classes.names[i], "pixels": int(scores["pixels"][i]),
+                  **{key: plain(scores[key][i]) for key in ("iou", "accuracy", "f1")}} for i in scored]
+    return {**overall, "images": images, "per_class": per_class,
+            "confusion_matrix": matrix[scored][:, scored].tolist()}  # true class, predicted class
 
 
 def main(args) -> int:
-    if args.data_root is None:
-        raise UserError("--data_root DIR is needed, the folder with val/ and val_labels/")
     device = select_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     args.checkpoint = args.checkpoint or default_checkpoint()
-    model, trained, config = load_model(args.checkpoint)
+    predictor, trained, config = load_predictor(args.checkpoint, args.max_side, device=device, tile=args.tile,
+                                                tta=args.tta, amp_dtype=select_amp_dtype(args.amp, device))
     classes = data_classes(args, trained, config["train"])
-    report = check_data(args.data_root, [args.split], classes, args.label_format)[args.split]
-    if report.stray:
-        print(stray_line(report))
+    checked = check_data(args.data_root, [args.split], classes, args.label_format)[args.split]
+    if checked.stray:
+        print(stray_line(checked))
     dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
-                            config["train"].get("image_size"), native_labels=True)
+                            predictor.max_side, native_masks=True)
     workers = default_workers(device) if args.workers is None else args.workers
-    loader = DataLoader(dataset, args.batch_size if len(report.sizes) == 1 else 1, num_workers=workers,
+    loader = DataLoader(dataset, args.batch_size if len(checked.sizes) == 1 else 1, num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
-    predictor = predictor_from_flags(args, model, classes.ignore_index, config, device)
-    metric, folder = SegmentationMetric(len(classes), classes.void_id), make_folder(args.save_dir)
-    if args.report:
-        make_folder(args.report)
+    for folder in filter(None, (args.save_dir, args.report)):
+        make_folder(folder)
     report, order = Report(classes), iter(range(len(dataset)))
 
     def add_to_report(ids: Tensor) -> None:
         for prediction in ids.to(torch.uint8).cpu().numpy():
             i = next(order)
-            photo, label = dataset.read(i)
-            report.add(dataset.pairs[i].photo.stem, photo, prediction, label)
+            image, mask = dataset.read(i)
+            report.add(dataset.pairs[i].image.stem, image, prediction, mask)
 
-    validate(predictor, loader, metric, on_batch=add_to_report if args.report else lambda ids: None)
-    scores = metric.compute()
+    metric = SegmentationMetric(len(classes), classes.void_id)
+    scores = validate(predictor, loader, metric, on_batch=add_to_report if args.report else lambda ids: None)
     print(f"{args.checkpoint} on {args.split} of {args.data_root}, {len(dataset)} images"
           f"{'' if args.tta == 'none' else f', averaged over {args.tta}'}")
     print(score_table(scores, classes.names, classes.ignore_index))
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics_dict(scores, classes.names, classes.ignore_index, len(dataset)),
-                                        indent=2) + "\n")
-    scored = classes.scored
-    save_confusion_matrix(metric.confusion_matrix()[scored][:, scored], tuple(classes.names[i] for i in scored),
-                          folder / "confusion_matrix.png")
-    print(f"wrote {folder / 'metrics.json'} and {folder / 'confusion_matrix.png'}")
+    metrics = json.dumps(metrics_dict(scores, metric.confusion_matrix(), classes, len(dataset)), indent=2) + "\n"
+    write_file(args.save_dir / "metrics.json", lambda path: path.write_text(metrics))
+    print(f"wrote {args.save_dir / 'metrics.json'}")
     if args.report:
         title = f"{args.checkpoint.stem} on {args.split} of {args.data_root.resolve().name}"
         print(f"wrote {report.write(args.report, title, metric)}")

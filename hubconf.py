@@ -1,8 +1,8 @@
 """For torch.hub: `torch.hub.load("path/to/this/folder", "unet", source="local", pretrained=True)`."""
 from torch import nn
 
-from checkpoints import SHIPPED, load_model
 from model import build_model
+from training.checkpoints import SHIPPED, load_model
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]
 

@@ -1,73 +1,58 @@
-"""Segmentation scores from one confusion matrix, accumulated over a whole split."""
+"""Segmentation scores from one confusion matrix, accumulated over a whole split.
+
+    metric = SegmentationMetric(num_classes=12, ignore_index=0)
+    metric.update(logits.argmax(1), masks)                    # for every batch
+    print(score_table(metric.compute(), names))
+"""
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from runtime import is_distributed
 
 
 class SegmentationMetric:
-    """Counts (label, prediction) pairs of pixels; every score is derived from the int64 counts.
+    """Counts (mask, prediction) pairs of pixels; every score is derived from the int64 counts.
 
-    ignore_index: pixels with this label count nowhere, and where it is a class, that class has no scores.
+    ignore_index: pixels with this id in the mask count nowhere, and if it is a class, that class has no scores.
+    counts: (C + 3, C + 2) int64 on the device of the predictions, which several processes may sum. Row and column are
+    id + 1: the first and last column, the first row and the last but one count illegal ids, the last row pixels of an
+    ``ignore_index`` that is no class.
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None = None):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.ignores_a_class = ignore_index is not None and 0 <= ignore_index < num_classes
         self.reset()
 
     def reset(self) -> None:
-        # (C + 3, C + 2) int64 on the device of the updates, by id + 1: the first and last column and the first row
-        # and the last but one count illegal ids, the last row pixels of an ignore_index that is no class.
-        self.counts: Tensor | None = None
+        self.counts = torch.zeros(self.num_classes + 3, self.num_classes + 2, dtype=torch.int64)
 
-    def update(self, pred: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
-        """Count a batch of any equal shape of integer ids, on the device of ``pred`` and without a copy to the host.
+    def update(self, pred: Tensor | np.ndarray, mask: Tensor | np.ndarray) -> None:
+        """Count a batch of class ids, integers of any equal shape, on the device of ``pred`` without waiting for it.
 
         Raises ValueError if the shapes differ or the ids are not integers.
         """
-        pred, target = torch.as_tensor(pred), torch.as_tensor(target)
-        if pred.shape != target.shape:
-            raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(target.shape)} differ in shape")
-        if pred.is_floating_point() or target.is_floating_point():
-            raise ValueError("predictions and labels must be integer class ids, not scores")
-        pred, target = pred.flatten().long(), target.flatten().to(pred.device).long()
-        rows = target.clamp(-1, self.num_classes)
-        if self.ignore_index is not None and not self._ignores_a_class:
-            rows.masked_fill_(target == self.ignore_index, self.num_classes + 1)
-        counts = self._no_counts(pred.device)
-        code = rows.add_(1).mul_(counts.shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
+        pred, mask = torch.as_tensor(pred), torch.as_tensor(mask)
+        if pred.shape != mask.shape:
+            raise ValueError(f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
+        if pred.is_floating_point() or mask.is_floating_point():
+            raise ValueError("predictions and masks must be integer class ids, not scores")
+        pred, mask = pred.flatten().long(), mask.flatten().to(pred.device).long()
+        rows = mask.clamp(-1, self.num_classes)
+        if self.ignore_index is not None and not self.ignores_a_class:
+            rows.masked_fill_(mask == self.ignore_index, self.num_classes + 1)
+        code = rows.add_(1).mul_(self.counts.shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
+        self.counts = self.counts.to(pred.device)
         # Not bincount, which on a GPU waits for the largest code.
-        counts.view(-1).scatter_add_(0, code, torch.ones_like(code))
-        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
-
-    def _no_counts(self, device: torch.device | str) -> Tensor:
-        return torch.zeros(self.num_classes + 3, self.num_classes + 2, dtype=torch.int64, device=device)
-
-    @property
-    def _ignores_a_class(self) -> bool:
-        return self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes
-
-    def all_reduce(self) -> None:
-        """Add the counts of every process of a distributed run; nothing to do in a single process."""
-        if not is_distributed():
-            return
-        if self.counts is None:  # a process without a batch takes part all the same, or the others would wait for it
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            self.counts = self._no_counts(device)
-        dist.all_reduce(self.counts)
+        self.counts.view(-1).scatter_add_(0, code, torch.ones_like(code))
 
     def confusion_matrix(self) -> np.ndarray:
-        """(C, C) int64: pixels by label (row) and prediction (column).
+        """(C, C) int64: pixels by the mask's id (row) and the predicted one (column).
 
         Raises ValueError if an update held an id that is neither a class nor ignored.
         """
-        if self.counts is None:
-            return np.zeros((self.num_classes, self.num_classes), np.int64)
         counts = self.counts[:-1].cpu().numpy().copy()
-        if self._ignores_a_class:
+        if self.ignore_index is not None and self.ignores_a_class:
             counts[self.ignore_index + 1] = 0
         matrix = counts[1:-1, 1:-1]
         illegal = counts.sum() - matrix.sum()
@@ -79,16 +64,13 @@ class SegmentationMetric:
     def compute(self) -> dict:
         """The scores, as floats and (C,) float64 arrays; NaN where a score is undefined, and left out of means.
 
-        ``miou``, ``pixel_accuracy``, ``mean_pixel_accuracy``, ``fwiou`` (IoU weighted by label frequency),
+        ``miou``, ``pixel_accuracy``, ``mean_pixel_accuracy``, ``fwiou`` (IoU weighted by the masks' pixels),
         ``mean_f1``; per class ``iou`` = TP / (TP + FP + FN), ``accuracy`` = TP / (TP + FN),
-        ``f1`` = 2 TP / (2 TP + FP + FN) and ``pixels`` (label count, int64).
+        ``f1`` = 2 TP / (2 TP + FP + FN) and ``pixels`` (the masks' pixels, int64).
         """
         matrix = self.confusion_matrix()
-        true_positive = matrix.diagonal().astype(np.float64)
-        labelled, predicted = matrix.sum(1), matrix.sum(0)
-        scored = np.ones(self.num_classes, bool)
-        if self._ignores_a_class:
-            scored[self.ignore_index] = False
+        true_positive, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        scored = np.arange(self.num_classes) != (self.ignore_index if self.ignores_a_class else -1)
         iou = _ratio(true_positive, labelled + predicted - true_positive, scored)
         accuracy = _ratio(true_positive, labelled, scored)
         f1 = _ratio(2 * true_positive, labelled + predicted, scored)
@@ -104,12 +86,12 @@ class SegmentationMetric:
 
 def _ratio(numerator, denominator, where=True) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0 or ``where`` is false."""
-    numerator, denominator = np.float64(numerator), np.float64(denominator)
-    result = np.full(numerator.shape, np.nan)
+    result = np.full(np.shape(numerator), np.nan)
     return np.divide(numerator, denominator, out=result, where=(denominator > 0) & where)
 
 
 def _mean(values: np.ndarray) -> float:
+    """The mean of the values that are not NaN; NaN if none is left."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
@@ -120,15 +102,17 @@ def format_score(value: float) -> str:
 
 
 def score_table(scores: dict, names: tuple[str, ...], ignore_index: int | None = None) -> str:
-    """The per-class table (IoU, accuracy, F1, label pixels) and the overall row of `compute`'s scores."""
+    """The per-class table (IoU, accuracy, F1, the masks' pixels) and the overall rows of `compute`'s scores."""
     wide = max(len(name) for name in (*names, "mean"))
     lines = [f"{'class':<{wide}}    IoU    acc     F1       pixels"]
+
+    def add(name: str, values: tuple[float, ...], pixels: int) -> None:
+        lines.append(f"{name:<{wide}}  {'  '.join(f'{format_score(value):>5}' for value in values)}  {pixels:>11,}")
+
     for i, name in enumerate(names):
         if i != ignore_index:
-            row = "  ".join(f"{format_score(scores[key][i]):>5}" for key in ("iou", "accuracy", "f1"))
-            lines.append(f"{name:<{wide}}  {row}  {scores['pixels'][i]:>11,}")
-    row = "  ".join(f"{format_score(scores[key]):>5}" for key in ("miou", "mean_pixel_accuracy", "mean_f1"))
-    lines.append(f"{'mean':<{wide}}  {row}  {scores['pixels'].sum():>11,}")
+            add(name, (scores["iou"][i], scores["accuracy"][i], scores["f1"][i]), scores["pixels"][i])
+    add("mean", (scores["miou"], scores["mean_pixel_accuracy"], scores["mean_f1"]), sum(scores["pixels"]))
     lines.append(f"mIoU {format_score(scores['miou'])}   pixel accuracy {format_score(scores['pixel_accuracy'])}   "
                  f"frequency-weighted IoU {format_score(scores['fwiou'])}")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
 """U-Net (Ronneberger et al. 2015) with batch norm, and the same decoder on torchvision's ResNet encoders.
 
+    model = build_model("unet", num_classes=12, width=16)
+    logits = model(images)                                    # (N, 3, H, W) -> (N, 12, H, W), any H and W
+
 Shapes in the comments are for an input of (N, 3, H, W) and ``width`` w.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from runtime import UserError
 
 MODEL_NAMES = ("unet", "unet_resnet18", "unet_resnet34", "unet_resnet50")
 
@@ -21,7 +24,11 @@ def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class DecoderStage(nn.Module):
-    """Double the size, join the skip, two convolutions: (N, in, h, w), (N, skip, 2h, 2w) -> (N, out, 2h, 2w)."""
+    """Upsample, concatenate the skip connection, convolve: (N, in, h, w), (N, skip, 2h, 2w) -> (N, out, 2h, 2w).
+
+    The transposed convolution is 4×4, not the paper's 2×2: its windows overlap, and because the stride divides 4 they
+    overlap evenly, without checkerboard artifacts (Odena et al. 2016).
+    """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
         super().__init__()
@@ -49,7 +56,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 class UNet(nn.Module):
-    """Five encoder and four decoder stages of two convolutions each, and a 1×1 classifier.
+    """Five encoder and four decoder stages of two convolutions each, and a 1×1 classifier (fig. 1 of the paper).
 
     Shape: (N, in_channels, H, W) float -> (N, num_classes, H, W) logits, for every H, W >= 1.
     """
@@ -77,17 +84,18 @@ class UNet(nn.Module):
 
 
 class ResNetUNet(nn.Module):
-    """The U-Net decoder on a torchvision ResNet (He et al. 2016), with skips from 1/2, 1/4, 1/8 and 1/16.
+    """The U-Net decoder on a torchvision ResNet (He et al. 2016), with skip connections at 1/2, 1/4, 1/8 and 1/16.
 
     ``width`` counts the channels at full size; the decoder has ``width × (16, 8, 4, 2, 1)``, deepest first.
     Shape: (N, 3, H, W) float -> (N, num_classes, H, W) logits, for every H, W >= 1.
+    Raises ValueError if ``pretrained`` and the ImageNet weights cannot be downloaded.
     """
 
     def __init__(self, backbone: str, num_classes: int = 12, width: int = 16, pretrained: bool = False):
         super().__init__()
-        resnet = load_resnet(backbone, pretrained)
+        resnet: Any = load_resnet(backbone, pretrained)
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.pool = resnet.maxpool
+        self.pool: nn.Module = resnet.maxpool
         self.encoder = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         expansion = resnet.fc.in_features // 512
         ins = [512 * expansion, *(width * factor for factor in (16, 8, 4, 2))]
@@ -113,7 +121,7 @@ class ResNetUNet(nn.Module):
 
 
 def load_resnet(backbone: str, pretrained: bool) -> nn.Module:
-    """A torchvision ResNet; ``pretrained`` on ImageNet. Raises UserError where those weights cannot be had."""
+    """A torchvision ResNet; ``pretrained`` on ImageNet. Raises ValueError where those weights cannot be had."""
     # Imported here: it takes as long as torch itself, and the U-Net does without.
     from torchvision.models import get_model, get_model_weights
 
@@ -122,20 +130,20 @@ def load_resnet(backbone: str, pretrained: bool) -> nn.Module:
     try:
         return get_model(backbone, weights=get_model_weights(backbone).DEFAULT)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-        raise UserError(f"--pretrained: the weights of {backbone} cannot be downloaded ({error}); connect to the "
-                        f"internet once, or train without --pretrained") from None
+        raise ValueError(f"pretrained: the weights of {backbone} cannot be downloaded ({error}); connect to the "
+                         f"internet once, or train without them") from None
 
 
 def build_model(name: str, num_classes: int, **options) -> nn.Module:
     """One of MODEL_NAMES. Options: ``width``; ``in_channels`` (unet), ``pretrained`` (ResNet encoders).
 
-    Raises UserError for an unknown name or an option that the model does not have.
+    Raises ValueError for an unknown name or an option that the model does not have.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"--model {name}: choose one of {', '.join(MODEL_NAMES)}")
+        raise ValueError(f"no model is called {name}; choose one of {', '.join(MODEL_NAMES)}")
     try:
         if name == "unet":
             return UNet(num_classes, **options)
         return ResNetUNet(name.removeprefix("unet_"), num_classes, **options)
     except TypeError as error:
-        raise UserError(f"--model {name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None

@@ -24,19 +24,18 @@ import stages  # noqa: E402
 from measure import DEVICE  # noqa: E402
 
 from datasets.synthetic import generate_dataset  # noqa: E402
-from runtime import keep_freed_memory  # noqa: E402
+from support.device import keep_freed_memory  # noqa: E402
 
 STAGES = {f.__name__: f for f in (
-    stages.masks, stages.items, stages.metric, stages.step, stages.gpu, stages.loading, stages.resnet34,
-    commands.predict, commands.start, commands.check, commands.memory, commands.scaling, commands.quality)}
+    stages.masks, stages.items, stages.metric, stages.step, stages.gpu, stages.loading,
+    commands.predict, commands.start, commands.quality)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="all of: " + " ".join(STAGES))
-    parser.add_argument("--data_root", type=Path, help="frames with masks; when not given: generated ones")
+    parser.add_argument("--data_root", type=Path, help="images with masks; when not given: generated ones")
     parser.add_argument("--runs", type=int, default=7, help="repetitions of the shorter stages")
-    parser.add_argument("--quick", action="store_true", help="leave out what takes many minutes")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file to write")
     return parser
 
@@ -50,7 +49,7 @@ def main(args) -> None:
                "cpu": torch.backends.cpu.get_cpu_capability(),
                "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("\n| stage | ours | reference | against | ratio | limit | met |\n|---|---|---|---|---|---|---|")
+    print("\n| stage | here | the other |\n|---|---|---|")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         args.scratch = Path(scratch)
@@ -59,7 +58,7 @@ def main(args) -> None:
             generate_dataset(args.data_root, {"train": 40, "val": 4}, (480, 360))
         for name in args.stages or STAGES:
             for row in STAGES[name](args):
-                rows.append(asdict(row) | {"ratio": row.ratio, "met": row.met})
+                rows.append(asdict(row) | {"ratio": row.ratio})
                 print(row, flush=True)
                 args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -1,6 +1,6 @@
 """The obvious code for each stage: what `bench.py` compares with.
 
-    python benchmarks/references.py CHECKPOINT PHOTOS OUT DEVICE        the plain prediction loop
+    python benchmarks/references.py CHECKPOINT IMAGES OUT DEVICE        the plain prediction loop
 """
 import sys
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class PlainDataset:
 
     def __getitem__(self, index: int):
         from torchvision import tv_tensors
-        photo, rgb = (np.array(Image.open(path).convert("RGB")) for path in self.pairs[index])
-        image, mask = self.transform(tv_tensors.Image(photo.transpose(2, 0, 1)), tv_tensors.Mask(mask_to_ids(rgb)))
+        image, rgb = (np.array(Image.open(path).convert("RGB")) for path in self.pairs[index])
+        image, mask = self.transform(tv_tensors.Image(image.transpose(2, 0, 1)), tv_tensors.Mask(mask_to_ids(rgb)))
         return image, mask.long()
 
 
@@ -63,21 +63,21 @@ def training_loop(model: nn.Module, batches: list, device: torch.device | str = 
     return run
 
 
-def predict(checkpoint: Path, photos: Path, out: Path, device: str) -> None:
-    """One photograph after the other: a mask in RGB and an overlay."""
-    from checkpoints import load_model
+def predict(checkpoint: Path, images: Path, out: Path, device: str) -> None:
+    """One image after the other: a mask in RGB and an overlay."""
+    from training.checkpoints import load_model
     model, classes, config = load_model(checkpoint)
     model.to(device)
     mean, std = (torch.tensor(config["normalize"][key]).view(3, 1, 1) for key in ("mean", "std"))
     out.mkdir(exist_ok=True)
-    for path in sorted(photos.iterdir()):
-        photo = Image.open(path).convert("RGB")
-        image = (torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255 - mean) / std
+    for path in sorted(images.iterdir()):
+        picture = Image.open(path).convert("RGB")
+        image = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
         with torch.no_grad():
             ids = model(image[None].to(device))[0].argmax(0).cpu().numpy().astype(np.uint8)
         color = Image.fromarray(classes.to_rgb(ids))
         color.save(out / f"{path.stem}_mask.png")
-        Image.blend(photo, color, 0.5).save(out / f"{path.stem}_overlay.png")
+        Image.blend(picture, color, 0.5).save(out / f"{path.stem}_overlay.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Class sets: the names, colours and ids of what is segmented, and the way from RGB masks to ids and back."""
+"""Class sets: the names, colours and ids of the classes, and the conversion of RGB masks to class ids and back."""
 import csv
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from runtime import UserError
+from support.command import UserError
 
 Color = tuple[int, int, int]
 UNKNOWN = 255  # marks a pixel whose colour or id is in no class; class ids end at 254
@@ -15,10 +16,10 @@ IGNORED_NAMES = ("unlabelled", "unlabeled", "void")
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The classes of one data set; a class's id is its position in ``names``.
+    """The classes of a dataset; the id of a class is its position in ``names``.
 
     ignore_index: id of the class that is neither trained, scored nor predicted, or None.
-    aliases: further (colour, id) pairs accepted in masks, such as those of merged classes.
+    aliases: further pairs of colour and id accepted in masks, such as those of merged classes.
     """
 
     names: tuple[str, ...]
@@ -31,7 +32,7 @@ class ClassSet:
 
     @property
     def void_id(self) -> int:
-        """The id of pixels without a label: the ignored class, or 255 where there is none."""
+        """The id of pixels without a class: the ignored class, or 255 if no class is ignored."""
         return UNKNOWN if self.ignore_index is None else self.ignore_index
 
     @property
@@ -42,7 +43,7 @@ class ClassSet:
     def to_ids(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 colours -> (H, W) uint8 ids, UNKNOWN (255) where a colour is in no class."""
         table = _color_table((*zip(self.colors, range(len(self))), *self.aliases))
-        # Colour codes stay below 2**24, which float32 holds exactly; its product is the fastest way to them.
+        # float32 holds the codes below 2**24 exactly, and its matrix product is the fastest way to compute them.
         codes = rgb.astype(np.float32) @ np.array([65536, 256, 1], np.float32)
         return table.take(codes.astype(np.intp))
 
@@ -53,82 +54,68 @@ class ClassSet:
         return palette[ids]
 
     def to_dict(self) -> dict:
-        """Plain lists for a checkpoint; `from_dict` reads them back."""
-        return {"names": list(self.names), "colors": [list(color) for color in self.colors],
-                "ignore_index": self.ignore_index}
+        """Plain lists for a checkpoint; `from_dict` reads them back. Aliases are left out."""
+        return {"names": list(self.names), "colors": list(map(list, self.colors)), "ignore_index": self.ignore_index}
 
     @classmethod
     def from_dict(cls, data: dict) -> "ClassSet":
-        return cls(tuple(data["names"]), tuple(tuple(color) for color in data["colors"]), data["ignore_index"])
-
-    def ignoring(self, name: str | None) -> "ClassSet":
-        """The same classes with the one called ``name`` ignored (case does not matter); None: as it is.
-
-        Raises UserError if there is no such class, or another one is ignored already.
-        """
-        if name is None:
-            return self
-        lowered = [n.lower() for n in self.names]
-        if name.lower() not in lowered:
-            raise UserError(f"--ignore_class {name}: no such class; there are {', '.join(self.names)}")
-        if self.ignore_index not in (None, lowered.index(name.lower())):
-            raise UserError(f"--ignore_class {name}: {self.names[self.ignore_index]} is ignored already")
-        return ClassSet(self.names, self.colors, lowered.index(name.lower()), self.aliases)
+        return cls(tuple(data["names"]), tuple(map(tuple, data["colors"])), data["ignore_index"])
 
     @classmethod
-    def numbered(cls, count: int) -> "ClassSet":
-        """``count`` nameless classes in the colours of Pascal VOC's colour map."""
+    def numbered(cls, count: int | None) -> "ClassSet":
+        """``count`` nameless classes in the colours of Pascal VOC's colour map. Raises UserError without a count."""
+        if count is None or not 2 <= count <= UNKNOWN:
+            raise UserError(f"num_classes is {count}: masks of ids need a number of classes from 2 to {UNKNOWN}, or a "
+                            f"class_dict.csv (name,r,g,b) in the data folder")
         def color(i: int) -> Color:
             # Each three bits of the id, lowest first, give the next high bit of red, green and blue.
-            return tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3))
-        return cls(tuple(f"class {i}" for i in range(count)), tuple(color(i) for i in range(count)))
+            red, green, blue = (sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3))
+            return red, green, blue
+        return cls(tuple(f"class {i}" for i in range(count)), tuple(map(color, range(count))))
 
     @classmethod
     def from_csv(cls, path: Path) -> "ClassSet":
-        """Read a ``class_dict.csv`` with the columns name, r, g, b; a row's position is its class id.
+        """Read a ``class_dict.csv`` with the columns name, r, g, b; the class ids follow the order of the rows.
 
         A class called Unlabelled, Unlabeled or Void is ignored. A file with CamVid's 32 colours gives CAMVID.
         Raises UserError that lists every problem of the file.
         """
-        names, colors = _read_csv(path)
-        if set(colors) == set(CAMVID32.colors):
+        rows, problems = _read_rows(path), []
+        colors: dict[Any, str] = {}
+        for line, name, *channels in rows:
+            color = tuple(int(text) if text.isdecimal() and len(text) <= 3 else 256 for text in channels)
+            if not name or max(color) > 255:
+                problems.append(f"line {line}: needs a name and three whole numbers from 0 to 255")
+            elif name in colors.values():
+                problems.append(f"line {line}: the name {name} appears twice")
+            elif colors.setdefault(color, name) != name:
+                problems.append(f"line {line}: {name} has the colour of {colors[color]}")
+        if not 2 <= len(rows) <= UNKNOWN:
+            problems.append(f"{len(rows)} classes; there must be 2 to {UNKNOWN}")
+        if not problems and colors.keys() == set(CAMVID32.colors):
             return CAMVID
-        ignored = [i for i, name in enumerate(names) if name.lower() in IGNORED_NAMES]
+        ignored = [name for name in colors.values() if name.lower() in IGNORED_NAMES]
         if len(ignored) > 1:
-            raise UserError(f"{path}: {names[ignored[0]]} and {names[ignored[1]]} are both ignored; keep one of them")
-        return cls(names, colors, ignored[0] if ignored else None)
+            problems.append(f"{' and '.join(ignored)} are both ignored; keep one of them")
+        if problems:
+            raise UserError(f"{path}: {'; '.join(problems)}")
+        names = tuple(colors.values())
+        return cls(names, tuple(colors), names.index(ignored[0]) if ignored else None)
 
 
-def _read_csv(path: Path) -> tuple[tuple[str, ...], tuple[Color, ...]]:
+def _read_rows(path: Path) -> list[list]:
+    """[line number, name, r, g, b] of every row that is not empty, as text."""
+    columns = ("name", "r", "g", "b")
     try:
-        reader = csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
-        header = [field.strip().lower() for field in next(reader, [])]
-        rows = [(reader.line_num, dict(zip(header, row))) for row in reader if any(row)]
+        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
+        reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
+        rows = [(reader.line_num, row) for row in reader if any(row.values())]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from None
-    missing = [column for column in ("name", "r", "g", "b") if column not in header]
+    missing = [column for column in columns if column not in reader.fieldnames]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; the first line must be name,r,g,b")
-    names, colors, problems = [], [], []
-    for line, row in rows:
-        where, name = f"line {line}", row.get("name", "").strip()
-        try:
-            color = tuple(int(row[channel]) for channel in "rgb")
-        except (KeyError, ValueError):
-            color = (-1, -1, -1)
-        if not name or not all(0 <= value <= 255 for value in color):
-            problems.append(f"{where}: needs a name and three whole numbers from 0 to 255")
-        if name in names:
-            problems.append(f"{where}: the name {name} appears twice")
-        if color in colors and min(color) >= 0:
-            problems.append(f"{where}: {name} has the colour of {names[colors.index(color)]}")
-        names.append(name)
-        colors.append(color)
-    if not 2 <= len(names) <= UNKNOWN:
-        problems.append(f"{len(names)} classes; from 2 to {UNKNOWN} are possible")
-    if problems:
-        raise UserError(f"{path}: " + "; ".join(problems))
-    return tuple(names), tuple(colors)
+    return [[line, *((row[column] or "").strip() for column in columns)] for line, row in rows]
 
 
 @lru_cache(maxsize=4)
@@ -140,39 +127,33 @@ def _color_table(pairs: tuple[tuple[Color, int], ...]) -> np.ndarray:
     return table
 
 
-# The 11 classes of the literature, in the order of the SegNet copy, behind the ignored class 0.
-_CAMVID: dict[str, Color] = {
+# The ignored class 0, then the 11 classes of the literature in the order of the SegNet copy.
+_COLORS: dict[str, Color] = {
     "Unlabelled": (0, 0, 0), "Sky": (128, 128, 128), "Building": (128, 0, 0), "Pole": (192, 192, 128),
     "Road": (128, 64, 128), "Sidewalk": (0, 0, 192), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128),
     "Fence": (64, 64, 128), "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192),
 }
-# The further colours of the original 32 classes, and the class of the 11 that each joins.
-_MERGED: dict[str, tuple[Color, str]] = {
-    "Bridge": ((0, 128, 64), "Building"), "Wall": ((64, 192, 0), "Building"),
-    "Tunnel": ((64, 0, 64), "Building"), "Archway": ((192, 0, 128), "Building"),
-    "TrafficCone": ((0, 0, 64), "Pole"),
-    "LaneMkgsDriv": ((128, 0, 192), "Road"), "LaneMkgsNonDriv": ((192, 0, 64), "Road"),
-    "ParkingBlock": ((64, 192, 128), "Sidewalk"), "RoadShoulder": ((128, 128, 192), "Sidewalk"),
-    "VegetationMisc": ((192, 192, 0), "Tree"),
-    "Misc_Text": ((128, 128, 64), "SignSymbol"), "TrafficLight": ((0, 64, 64), "SignSymbol"),
-    "SUVPickupTruck": ((64, 128, 192), "Car"), "Truck_Bus": ((192, 128, 192), "Car"),
-    "Train": ((192, 64, 128), "Car"), "OtherMoving": ((128, 64, 64), "Car"),
-    "Child": ((192, 128, 64), "Pedestrian"), "CartLuggagePram": ((64, 0, 192), "Pedestrian"),
-    "Animal": ((64, 128, 64), "Pedestrian"),
-    "MotorcycleScooter": ((192, 0, 192), "Bicyclist"),
+# Class of the 11 -> the further classes of the original 32 that the literature merges into it.
+_MERGED: dict[str, dict[str, Color]] = {
+    "Building": {"Bridge": (0, 128, 64), "Wall": (64, 192, 0), "Tunnel": (64, 0, 64), "Archway": (192, 0, 128)},
+    "Pole": {"TrafficCone": (0, 0, 64)},
+    "Road": {"LaneMkgsDriv": (128, 0, 192), "LaneMkgsNonDriv": (192, 0, 64)},
+    "Sidewalk": {"ParkingBlock": (64, 192, 128), "RoadShoulder": (128, 128, 192)},
+    "Tree": {"VegetationMisc": (192, 192, 0)},
+    "SignSymbol": {"Misc_Text": (128, 128, 64), "TrafficLight": (0, 64, 64)},
+    "Car": {"SUVPickupTruck": (64, 128, 192), "Truck_Bus": (192, 128, 192), "Train": (192, 64, 128),
+            "OtherMoving": (128, 64, 64)},
+    "Pedestrian": {"Child": (192, 128, 64), "CartLuggagePram": (64, 0, 192), "Animal": (64, 128, 64)},
+    "Bicyclist": {"MotorcycleScooter": (192, 0, 192)},
 }
-# Colours that other copies of the 11-class set use.
-_OTHER_COPIES: dict[Color, str] = {(60, 40, 222): "Sidewalk", (255, 69, 0): "Road"}
+# Other copies of the 11 classes use other colours for these.
+_OTHER_COLORS: dict[str, Color] = {"Sidewalk": (60, 40, 222), "Road": (255, 69, 0)}
 
-_NAMES = tuple(_CAMVID)
-CAMVID = ClassSet(
-    names=_NAMES,
-    colors=tuple(_CAMVID.values()),
-    ignore_index=0,
-    aliases=tuple((color, _NAMES.index(into)) for color, into in (*_MERGED.values(), *_OTHER_COPIES.items())),
-)
+_NAMES = tuple(_COLORS)
+CAMVID = ClassSet(_NAMES, tuple(_COLORS.values()), ignore_index=0, aliases=(
+    *((color, _NAMES.index(name)) for name, merged in _MERGED.items() for color in merged.values()),
+    *((color, _NAMES.index(name)) for name, color in _OTHER_COLORS.items())))
 CAMVID32 = ClassSet(
-    names=("Void", *_NAMES[1:], *_MERGED),
-    colors=(*_CAMVID.values(), *(color for color, _ in _MERGED.values())),
-    ignore_index=0,
-)
+    names=("Void", *_NAMES[1:], *(name for merged in _MERGED.values() for name in merged)),
+    colors=(*CAMVID.colors, *(color for merged in _MERGED.values() for color in merged.values())),
+    ignore_index=0)

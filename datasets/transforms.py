@@ -1,4 +1,4 @@
-"""The two pipelines between a frame as it is read and a tensor: augmenting for training, plain for evaluation."""
+"""From an image and mask as read to tensors: with augmentation for training, without for evaluation."""
 import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
@@ -9,16 +9,16 @@ import cv2  # noqa: E402
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside each would compete with the network
+cv2.setNumThreads(0)  # data loader workers run in parallel already; further threads would slow down the network
 
 
 def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.4, 1.2),
                     jitter: float = 0.2) -> A.Compose:
     """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 
-    crop_size: (height, width) in pixels; smaller frames are padded with the mean colour, their masks with void_id.
-    scale: the range of the factor on both sides. jitter: how far brightness, contrast and saturation stray from 1,
-    the hue a tenth of that from 0. Streets do not hang from the sky: there is no vertical flip.
+    crop_size: (height, width) in pixels; smaller images are padded with the mean colour, their masks with void_id.
+    scale: the lowest and highest factor for both sides. jitter: brightness, contrast and saturation change by a
+    factor of at most 1 ± jitter, the hue by at most jitter / 10. There is no vertical flip: streets are upright.
     """
     return A.Compose([
         A.RandomScale((scale[0] - 1, scale[1] - 1), interpolation=cv2.INTER_LINEAR,
@@ -33,5 +33,5 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
 
 
 def eval_transform() -> A.Compose:
-    """Normalise alone, at the given size: (H, W, 3) uint8, (H', W') uint8 -> (3, H, W) float32, (H', W') uint8."""
+    """Normalisation alone: (H, W, 3) uint8, (H', W') uint8 -> (3, H, W) float32, (H', W') uint8."""
     return A.Compose([A.Normalize(IMAGENET_MEAN, IMAGENET_STD), A.ToTensorV2()], is_check_shapes=False)

@@ -1,11 +1,23 @@
-"""What several test files share: the specification's colours, generated scenes, and real frames where they exist."""
+"""What several test files share: the specification's colours, generated scenes, real images, ways to run commands."""
+import importlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datasets.synthetic import generate_dataset
+from support.command import run_command
+
+REPO = Path(__file__).resolve().parents[1]
+# A training of seconds.
+SMALL = ("--width", 4, "--crop_size", 64, "--batch_size", 2, "--epochs", 2, "--step_size", 1, "--device", "cpu",
+         "--workers", 0)
 
 # The specification's table: the 12 classes in the order of their ids, then what joins them from the original 32.
 CLASSES = """Unlabelled 0,0,0; Sky 128,128,128; Building 128,0,0; Pole 192,192,128; Road 128,64,128; Sidewalk 0,0,192;
@@ -44,8 +56,20 @@ def save(path: Path, array: np.ndarray, **options) -> Path:
     return path
 
 
+def opened(path: Path) -> Image.Image:
+    """The decoded image of a file, which is closed."""
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """The blocks of code in a page of the documentation."""
+    return re.findall(rf"```{language}\n(.*?)```", (REPO / page).read_text(encoding="utf-8"), re.S)
+
+
 def make_pair(root: Path, stem: str, ids: np.ndarray | None = None, split: str = "train") -> tuple[Path, Path]:
-    """Write a photograph of noise and the mask of ``ids`` (default: 12×16 at random) -> their paths."""
+    """Write an image of noise and the mask of ``ids`` (default: 12×16 at random) -> their paths."""
     rng = np.random.default_rng(len(stem))
     ids = rng.integers(0, 12, (12, 16)) if ids is None else ids
     return (save(root / split / f"{stem}.png", rng.integers(0, 256, (*ids.shape, 3), dtype=np.uint8)),
@@ -59,32 +83,79 @@ def write_csv(root: Path, colors: dict[str, tuple[int, int, int]]) -> Path:
     return path
 
 
+def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
+    """Start a command in a process of its own; ``datasets.check`` and the like by ``python -m``."""
+    # Newer Pythons warn of every fork of a process with threads, as torch's loader workers are made.
+    warnings = "-W", "error", "-W", "ignore:This process:DeprecationWarning"
+    program = ("-m", script) if script.startswith("datasets.") else (REPO / script,)
+    return subprocess.Popen([sys.executable, *warnings, *map(str, (*program, *args))], cwd=cwd, text=True,
+                            start_new_session=True, env=os.environ | {"PYTHONPATH": str(REPO)},
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    """Wait for a process that is to end with that exit status -> its stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status and "Traceback" not in err, out + err
+    return out, err
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a command within this process, in a folder (by default tmp_path) -> exit status, stdout, stderr."""
+    def call(script: str, *flags, cwd: Path = tmp_path) -> tuple[int, str, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        module = importlib.import_module(script.removesuffix(".py"))
+        capsys.readouterr()
+        try:
+            status = run_command(module.main, module.get_args_parser())
+        except SystemExit as error:  # argparse
+            status = error.code
+        finally:
+            torch.use_deterministic_algorithms(False)  # what --deterministic has set
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err, err
+        return status, out, err
+    return call
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A data folder of generated scenes, 96×72: 4 in train, 2 in val, 2 in test. Read it, do not change it."""
-    root = tmp_path_factory.mktemp("data") / "scenes"
+    root = tmp_path_factory.mktemp("data") / "street scenes ü"
     generate_dataset(root, {"train": 4, "val": 2, "test": 2}, (96, 72))
     return root
 
 
 @pytest.fixture(scope="session")
+def trained(scenes, tmp_path_factory) -> Path:
+    """A folder in which train.py ran with the flags SMALL, into checkpoint/; ``printed`` holds what it said."""
+    folder = tmp_path_factory.mktemp("trained")
+    out, err = finish(start("train.py", "--data_root", scenes, *SMALL, cwd=folder))
+    assert err == ""
+    (folder / "printed").write_text(out)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def camvid() -> Path:
-    """The folder of the real data; the test is skipped where there is none."""
-    root = Path(__file__).resolve().parents[2] / "shared" / "camvid"
+    """The 11-class CamVid, in the folder that the environment variable CAMVID names; skips where there is none."""
+    root = REPO / os.environ.get("CAMVID", "not set")
     if not root.is_dir():
-        pytest.skip("needs ../shared/camvid")
+        pytest.skip("needs CamVid, in the folder that the environment variable CAMVID names")
     return root
 
 
 @pytest.fixture(scope="module", params=["scenes", "camvid"])
 def frames(request) -> dict[str, list[tuple[str, np.ndarray, np.ndarray]]]:
-    """By split: (stem, (H, W, 3) uint8 photo, (H, W) uint8 ids) of a few frames, generated and real."""
+    """By split: (stem, (H, W, 3) uint8 image, (H, W) uint8 ids) of a few frames, generated and real."""
     root, found = request.getfixturevalue(request.param), {}
     for split in ("train", "val"):
         paths, found[split] = sorted((root / split).iterdir()), []
         for path in paths[::len(paths) // 2]:
-            photo, mask = (np.array(Image.open(root / folder / path.name)) for folder in (split, f"{split}_labels"))
-            step = max(1, photo.shape[1] // 160)  # pixels left out keep tests fast; colours stay the real ones
+            image, mask = (np.array(Image.open(root / folder / path.name)) for folder in (split, f"{split}_labels"))
+            step = max(1, image.shape[1] // 160)  # pixels left out keep tests fast; colours stay the real ones
             ids = compare_per_class(mask[::step, ::step], PALETTE)
-            found[split].append((path.stem, photo[::step, ::step], ids))
+            found[split].append((path.stem, image[::step, ::step], ids))
     return found

@@ -1,7 +1,6 @@
-"""Two processes under torchrun train like one with the batch of both; a process that dies ends or restarts the run."""
+"""Two processes under torchrun average their gradients and share validation; a process that dies ends the run."""
 import csv
 import os
-import re
 import subprocess
 import sys
 import time
@@ -9,88 +8,109 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO, SMALL
+from torch.utils.data import DataLoader
 
-import distributed
-from datasets.camvid import EpochSampler
+from datasets.camvid import CamVidDataset, EpochSampler
+from datasets.classes import CAMVID
 from datasets.synthetic import generate_dataset
+from datasets.transforms import eval_transform, train_transform
+from loss import SegmentationLoss
+from metric import SegmentationMetric
+from model import build_model
+from training import distributed
+from training.checkpoints import load_predictor
+from training.engine import validate
+from training.recipe import build_optimizer, build_scheduler
 
-REPO = Path(__file__).parents[1]
-# A small rate: rounding errors, which differ with the order of summation, must not grow from step to step.
-FLAGS = ("--width", "4", "--crop_size", "64", "--epochs", "2", "--device", "cpu", "--workers", "0", "--lr", "0.001",
-         "--warmup_steps", "0")
+# Four updates an epoch, with 2 + 2 images each.
+FLAGS = (*SMALL, "--lr", 0.01, "--class_weights", "none", "--val_every", 1, "--cache", "--resume", "auto")
 DYING = """
 import os, sys
 sys.path.insert(0, {repo!r})
-import engine, runtime, train
-steps, update = 0, engine.update
+import train, training.engine
+from support.command import run_command
+steps, update = iter(range(1, 9)), training.engine.update
 def dying(*args):
-    global steps
-    steps += 1
-    if steps == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        raise RuntimeError("struck by lightning")
-    update(*args)
-engine.update = dying
-sys.exit(runtime.run_command(train.main, train.get_args_parser()))
+    assert next(steps) != 6 or os.environ["RANK"] == "0", "struck by lightning"
+    return update(*args)
+training.engine.update = dying
+sys.exit(run_command(train.main, train.get_args_parser()))
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "scenes"
-    generate_dataset(root, {"train": 16, "val": 5}, (96, 72))  # 5 do not share out evenly
-    return root
-
-
-def torchrun(script: Path | str, *args, cwd: Path, options: tuple = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, script]
-    return subprocess.run([*map(str, command), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=240,
+def torchrun(script: Path, data: Path, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+               "--data_root", data, *FLAGS]
+    return subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def log(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "checkpoint" / "unet_log.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(data, tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    command = [sys.executable, str(REPO / "train.py"), "--data_root", str(data), *FLAGS, "--batch_size", "4"]
-    one = subprocess.run(command, cwd=folders[0], capture_output=True, text=True, check=True, timeout=240)
-    two = torchrun(REPO / "train.py", "--data_root", data, *FLAGS, "--batch_size", 2, "--cache", cwd=folders[1])
-    assert two.returncode == 0, two.stderr
-    for ours, theirs in zip(log(folders[1]), log(folders[0]), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-    counts = [re.findall(r"^(\w+)  .* ([\d,]+)$", done.stdout, re.M) for done in (one, two)]
-    assert counts[0] == counts[1] and len(counts[0]) == 12, "every validation pixel once"
-    assert two.stdout.count("epoch   1/2") == 1
-    assert "Warning" not in two.stderr and not list((folders[1] / "checkpoint").glob(".*"))
-
-
-@pytest.mark.slow
-def test_a_dying_process_ends_the_run_and_a_restart_goes_on(data, tmp_path):
-    script = tmp_path / "dying.py"
-    script.write_text(DYING.format(repo=str(REPO)))
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess, float]:
+    """The data, the folder, the outcome and the seconds of a run whose second process dies in epoch 2."""
+    folder = tmp_path_factory.mktemp("dead")
+    generate_dataset(folder / "scenes", {"train": 16, "val": 3}, (96, 72))  # 3 do not share out evenly
+    (folder / "dying.py").write_text(DYING.format(repo=str(REPO)))
     started = time.monotonic()
-    done = torchrun(script, "--data_root", data, *FLAGS, "--batch_size", 2, cwd=tmp_path)
-    assert done.returncode == 1 and time.monotonic() - started < 60
-    assert done.stderr.index("struck by lightning") < done.stderr.index("torch/distributed/elastic")
-    assert done.stderr.count("Traceback") == 2, "the dead process's own, and torchrun's"
-    assert torch.load(tmp_path / "checkpoint" / "unet_last.pth", weights_only=True)["epoch"] == 1
-    folder = tmp_path / "restarted"
-    folder.mkdir()
-    done = torchrun(script, "--data_root", data, *FLAGS, "--batch_size", 2, cwd=folder, options=("--max-restarts=1",))
-    assert done.returncode == 0, done.stderr
-    assert "resumed after epoch 1" in done.stdout and [row["epoch"] for row in log(folder)] == [1, 2]
+    done = torchrun(folder / "dying.py", folder / "scenes", folder)
+    return folder / "scenes", folder, done, time.monotonic() - started
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    return [*csv.DictReader((folder / "checkpoint" / "unet_log.csv").read_text().splitlines())]
+
+
+@pytest.mark.slow
+def test_a_dying_process_ends_the_run_and_the_epoch_before_was_right(dead):
+    """The log has the losses of the first process: those of a single one that averages the gradients of both halves."""
+    data, folder, done, seconds = dead
+    assert done.returncode == 1 and "struck by lightning" in done.stderr and seconds < 60
+    dataset = CamVidDataset(data, "train", CAMVID, train_transform((64, 64), 0))
+    samplers = [EpochSampler(16, 0, rank, processes=2) for rank in (0, 1)]
+    torch.manual_seed(0)
+    model, loss_fn, losses = build_model("unet", 12, width=4), SegmentationLoss(0, dice=True), []
+    optimizer = build_optimizer("sgd", model, 0.01, 5e-4)
+    scheduler = build_scheduler("step", optimizer, 0.01, 8, 4, 0.2)
+    for sampler in samplers:
+        sampler.epoch = 1
+    for halves in zip(*(DataLoader(dataset, 2, sampler=sampler) for sampler in samplers), strict=True):
+        losses.append([loss_fn(model(images), masks) for images, masks in halves])
+        (sum(losses[-1]) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    row, = log(folder)
+    assert float(row["train_loss"]) == pytest.approx(sum(loss.item() for loss, _ in losses) / 4, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def resumed(dead) -> subprocess.CompletedProcess:
+    return torchrun(REPO / "train.py", *dead[:2])
+
+
+def rescored(data: Path, file: Path) -> tuple[dict, dict]:
+    """The scores in a checkpoint, and those of a single process that validates its weights."""
+    loader = DataLoader(CamVidDataset(data, "val", CAMVID, eval_transform(), native_masks=True))
+    return (torch.load(file, weights_only=True)["scores"],
+            validate(load_predictor(file)[0], loader, SegmentationMetric(12, 0)))
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_and_scores_every_pixel_once(dead, resumed):
+    data, folder, *_ = dead
+    assert resumed.returncode == 0 and "Warning" not in resumed.stderr, resumed.stderr
+    assert "resumed after epoch 1" in resumed.stdout and resumed.stdout.count("epoch   2/2") == 1
+    assert [row["epoch"] for row in log(folder)] == ["1", "2"] and not list((folder / "checkpoint").glob(".*"))
+    scores, expected = rescored(data, folder / "checkpoint" / "unet_last.pth")
+    assert scores["pixels"] == expected["pixels"].tolist()
+    assert scores["loss"] == pytest.approx(expected["loss"], abs=1e-5), "the weights that are saved are those scored"
 
 
 @pytest.mark.parametrize("size, processes, batch", [(16, 2, 4), (17, 2, 3), (5, 3, 1), (2, 4, 1)])
 def test_shards_make_up_the_epoch(size, processes, batch):
-    samplers = [EpochSampler(size, 1, rank, processes) for rank in range(processes)]
-    shards = [list(sampler) for sampler in samplers]
-    assert {len(shard) for shard in shards} == {len(samplers[0])}
+    shards = [list(EpochSampler(size, 1, rank, processes)) for rank in range(processes)]
+    assert {len(shard) for shard in shards} == {len(EpochSampler(size, 1, 0, processes))}
     order = list(EpochSampler(size, 1))
     together = [key for keys in zip(*shards) for key in keys]
     assert together[:size] == order and set(together) == set(order)
@@ -100,33 +120,8 @@ def test_shards_make_up_the_epoch(size, processes, batch):
         assert sorted(shares) == sorted(order[step * batch * processes:(step + 1) * batch * processes])
 
 
-def synchronized(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    batch = torch.randn(4, 3, 5, 7, dtype=torch.double) * 3 + 1
-    torch.manual_seed(1)
-    ours, theirs = (torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double() for _ in range(2))
-    shared = distributed.synchronize_batch_norm(ours, torch.device("cpu"))
-    x, y = batch[rank::2].clone().requires_grad_(), batch.clone().requires_grad_()
-    weight = torch.rand(4, 3, 5, 7, dtype=torch.double)
-    distributed.sum_over_processes((shared(x) ** 3 * weight[rank::2]).sum()).backward()
-    (theirs(y) ** 3 * weight).sum().backward()
-    torch.testing.assert_close(x.grad, 2 * y.grad[rank::2])  # both processes hold the sum: its gradient comes twice
-    for name, buffer in theirs.named_buffers():
-        torch.testing.assert_close(dict(shared.named_buffers())[name], buffer)
-    torch.testing.assert_close(shared.eval()(batch), theirs.eval()(batch))
-    assert shared.state_dict().keys() == theirs.state_dict().keys()
-    torch.distributed.destroy_process_group()
-
-
-def test_batch_norm_sees_the_batches_of_all_processes(tmp_path):
-    torch.multiprocessing.spawn(synchronized, (str(tmp_path),), nprocs=2)
-
-
 def test_without_torchrun_nothing_changes():
     model, x = torch.nn.BatchNorm2d(3), torch.randn(2)
     assert distributed.start_processes("auto") == "auto"
-    assert distributed.synchronize_batch_norm(model, torch.device("cpu")) is model
-    assert type(model) is torch.nn.BatchNorm2d
     assert distributed.replicate(model, torch.device("cpu")) is model and distributed.sum_over_processes(x) is x
     assert (distributed.rank(), distributed.world_size()) == (0, 1)

@@ -1,33 +1,28 @@
-"""The training loop's parts against formulas, hand loops and networks of one layer."""
+"""One epoch, the recipe and validation against formulas, hand loops and networks of one layer."""
 import copy
 import math
-from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.swa_utils import AveragedModel
 
-from engine import Interrupted, NonFiniteLoss, build_ema, build_optimizer, build_scheduler, train_one_epoch, validate
-from inference import Predictor
+from inference.predictor import Predictor
 from loss import SegmentationLoss
 from metric import SegmentationMetric
 from model import build_model
-
-CPU = torch.device("cpu")
-
-
-def flags(**changes) -> Namespace:
-    return Namespace(**{"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "scheduler": "none",
-                        "epochs": 4, "step_size": 1, "gamma": 0.5, "warmup_steps": 3, **changes})
+from training.engine import NonFiniteLoss, train_one_epoch, validate
+from training.recipe import WeightAverage, build_optimizer, build_scheduler
 
 
-def train(model, batches, loss_fn=None, lr=0.1, momentum=0.0, gamma=1.0, **options) -> dict:
-    """One epoch of SGD at a rate that is multiplied by ``gamma`` after every update."""
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum)
-    return train_one_epoch(model, batches, loss_fn or SegmentationLoss(0), optimizer, ExponentialLR(optimizer, gamma),
-                           torch.amp.GradScaler("cpu", enabled=False), device=CPU, **options)
+def train(model, batches, factor=1, lr=0.1, gamma=1.0, scaler=None, **options) -> dict:
+    """One epoch of SGD at a rate that is multiplied by ``gamma`` after every update. factor: of the loss."""
+    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr), SegmentationLoss(0)
+    scheduler, scaler = ExponentialLR(optimizer, gamma), scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return train_one_epoch(model, batches, lambda *batch: factor * loss_fn(*batch), optimizer, scheduler, scaler,
+                           device=torch.device("cpu"), **options)
 
 
 def random_batches(count, images=2):
@@ -49,100 +44,76 @@ def assert_same_parameters(a, b, tolerance=1e-6):
     torch.testing.assert_close(parameters(a), parameters(b), rtol=0, atol=tolerance)
 
 
-def test_overfits_two_images():
-    torch.manual_seed(0)
-    mask = torch.ones(2, 32, 32, dtype=torch.int64)
-    mask[0, 16:], mask[1, :, :16], mask[:, 10:20, 10:20], mask[:, 0] = 2, 3, 4, 0
-    images = torch.randn(5, 3)[mask].movedim(-1, 1) + 0.3 * torch.randn(2, 3, 32, 32)
-    model, losses, loss_fn = build_model("unet", 5, width=4), [], SegmentationLoss(0)
-
-    def noted(logits, masks):
-        losses.append(loss_fn(logits, masks))
-        return losses[-1]
-    row = train(model, [(images, mask)] * 40, noted, lr=0.05, momentum=0.9)
-    assert losses[-1] < 0.5 * losses[0]
-    assert row["train_loss"] == pytest.approx(torch.stack(losses).mean().item())
-    assert row["lr"] == 0.05 and row["images_per_second"] > 0
-    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
-def test_two_half_batches_equal_a_full_one():
-    whole, halves = one_layer(), one_layer()
-    batches = random_batches(3, images=4)
-    train(whole, batches, momentum=0.9)
-    parts = [(x[half], y[half]) for x, y in batches for half in (slice(2), slice(2, 4))]
-    train(halves, parts, momentum=0.9, grad_accum=2)
-    assert_same_parameters(whole, halves)
-
-
-@pytest.mark.parametrize("grad_accum,groups", [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (8, [5])])
-def test_every_group_is_averaged_over_its_own_length(grad_accum, groups):
-    model, batches = one_layer(), random_batches(5)
-    expected, rest = copy.deepcopy(model), iter(batches)
-    for update, length in enumerate(groups):
-        loss = sum(F.cross_entropy(expected(x), y) for x, y in (next(rest) for _ in range(length))) / length
-        grads = torch.autograd.grad(loss, list(expected.parameters()))
+def test_updates_are_those_of_a_hand_loop():
+    model, batches, updates, losses = one_layer().eval(), random_batches(5), [], []
+    expected = copy.deepcopy(model)
+    for step, (x, y) in enumerate(batches):
+        losses.append(F.cross_entropy(expected(x), y))
+        grads = torch.autograd.grad(losses[-1], list(expected.parameters()))
         with torch.no_grad():
             for p, grad in zip(expected.parameters(), grads):
-                p -= 0.1 * 0.5 ** update * grad
-    row = train(model, batches, gamma=0.5, grad_accum=grad_accum)
-    assert row["lr"] == pytest.approx(0.1 * 0.5 ** update)
+                p -= 0.1 * 0.5 ** step * grad
+    row = train(model, batches, gamma=0.5, after_update=lambda: updates.append(parameters(model)))
+    assert row["lr"] == pytest.approx(0.1 * 0.5 ** 4) and row["images_per_second"] > 0 and model.training
+    assert row["train_loss"] == pytest.approx(sum(loss.item() for loss in losses) / 5)
     assert_same_parameters(model, expected)
+    assert len(updates) == 5 and torch.equal(updates[-1], parameters(model)) and not updates[0].equal(updates[1])
 
 
-def onecycle(t, total=40, low=1 / 25, end=1 / 25e4):
-    """Smith & Topin 2018 with torch's defaults: 30 % of the steps up, the rest down, both as cosines."""
-    peak = 0.3 * total - 1
-    if t <= peak:
-        return 1 + (low - 1) * (1 + math.cos(math.pi * t / peak)) / 2
-    return end + (1 - end) * (1 + math.cos(math.pi * (t - peak) / (total - 1 - peak))) / 2
+def onecycle(t):
+    """Smith & Topin 2018 with torch's defaults: 30 % of 40 updates up, the rest down, both as cosines."""
+    low, high, share = (1 / 25, 1, t / 11) if t <= 11 else (1, 1 / 25e4, (t - 11) / 28)
+    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
 
 
-@pytest.mark.parametrize("scheduler,shape", [
-    ("none", lambda t: 1), ("step", lambda t: 0.5 ** (t // 20)), ("poly", lambda t: (1 - t / 40) ** 0.9),
-    ("cosine", lambda t: (1 + math.cos(math.pi * t / 40)) / 2), ("onecycle", onecycle),
-])
-def test_schedule_follows_its_formula(scheduler, shape):
-    args = flags(scheduler=scheduler, step_size=2)  # 4 epochs of 10 steps
-    optimizer = build_optimizer(args, one_layer())
-    schedule, rates = build_scheduler(args, optimizer, steps_per_epoch=10), []
-    for _ in range(40):
+def step_lr(warmup, drop):
+    """Linear from 1 % within ``warmup`` updates, and half the rate after every ``drop``."""
+    return lambda t: (0.01 + 0.99 * min(1, t / warmup)) * 0.5 ** (t // drop)
+
+
+@pytest.mark.parametrize("name,total,shape", [("onecycle", 40, onecycle), ("step", 40, step_lr(4, 20)),
+                                              ("step", 2000, step_lr(100, 20)), ("step", 7, step_lr(1, 20))])
+def test_schedule_follows_its_formula(name, total, shape):
+    optimizer = build_optimizer("sgd", one_layer(), 0.1, 0.01)
+    schedule, rates = build_scheduler(name, optimizer, 0.1, total, step_size=20, gamma=0.5), []
+    for _ in range(total):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    warm = [1] * 40 if scheduler == "onecycle" else [0.01, 0.34, 0.67] + [1] * 37  # one-cycle warms up by itself
-    assert rates == [pytest.approx([0.1 * shape(t) * warm[t]] * 2, rel=1e-6) for t in range(40)]
+    assert rates == [pytest.approx([0.1 * shape(t)] * 2, rel=1e-6) for t in range(total)]
 
 
-@pytest.mark.parametrize("optimizer,kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_weight_decay_spares_norms_and_biases(optimizer, kind):
+@pytest.mark.parametrize("name,kind,momentum", [("sgd", torch.optim.SGD, 0.8), ("sgd", torch.optim.SGD, 0.0),
+                                                ("adamw", torch.optim.AdamW, 0.9)])
+def test_weight_decay_spares_norms_and_biases(name, kind, momentum):
     model = build_model("unet", 4, width=4)
-    built = build_optimizer(flags(optimizer=optimizer), model)
+    built = build_optimizer(name, model, 0.1, 0.01, momentum)
     assert isinstance(built, kind)
     decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in built.param_groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.01 if p.ndim > 1 else 0), name
-    assert all(group["lr"] == 0.1 and group.get("momentum", 0.9) == 0.9 for group in built.param_groups)
+    for group in built.param_groups:
+        assert group["lr"] == 0.1 and group.get("momentum", momentum) == momentum
+        assert group.get("nesterov", momentum > 0) == (momentum > 0)
 
 
-def test_ema_follows_a_hand_loop():
+def test_weight_average_is_torchs_averaged_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    ema, expected = build_ema(model, 0.8), {}
-    for count in range(60):
+
+    def average(old, new, count):  # torch counts its first copy too
+        return old.lerp(new, 1 - min(0.8, count / (9 + count))) if old.is_floating_point() else new
+    theirs, ours = AveragedModel(model, avg_fn=average, use_buffers=True), WeightAverage(model, 0.8)
+    theirs.update_parameters(model)
+    for _ in range(60):  # the decay reaches 0.8 after 35
         with torch.no_grad():
             for tensor in model.state_dict().values():
-                tensor.add_(1) if tensor.dtype == torch.int64 else tensor.add_(torch.randn(tensor.shape))
-        ema.update_parameters(model)
-        keep = min(0.8, (1 + count) / (10 + count))
-        for key, value in model.state_dict().items():
-            new = count == 0 or not value.is_floating_point()
-            expected[key] = value.clone() if new else keep * expected[key] + (1 - keep) * value
-    for key, value in ema.module.state_dict().items():
-        torch.testing.assert_close(value, expected[key])
-    train(model, [(torch.randn(1, 1, 4, 4), torch.ones(1, 4, 4, dtype=torch.int64))], ema=ema)  # once per update
-    torch.testing.assert_close(ema.module[0].weight, 0.8 * expected["0.weight"] + 0.2 * model[0].weight)
+                tensor.add_(1 if tensor.dtype == torch.int64 else torch.randn(tensor.shape))
+        theirs.update_parameters(model)
+        ours.update(model)
+    assert not ours.module.training and not any(p.requires_grad for p in ours.module.parameters())
+    torch.testing.assert_close(ours.module.state_dict(), theirs.module.state_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -157,66 +128,49 @@ def test_lost_loss_names_its_step_and_is_not_learnt(value):
 
 
 def test_overflowing_gradients_lower_the_scale_and_are_not_learnt():
-    model, batches = one_layer(), random_batches(8)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scheduler, ema = ExponentialLR(optimizer, 0.5), build_ema(model, 0.5)
-
-    def loss_fn(logits, mask):
-        return 10 * SegmentationLoss(0)(logits, mask)
-
+    model, batches, updates = one_layer(), random_batches(8), []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
-    seen = []
-    train_one_epoch(model, batches, loss_fn, optimizer, scheduler, scaler, device=CPU, ema=ema,
-                    on_step=lambda step: seen.append((scaler.get_scale(), optimizer.param_groups[0]["lr"])))
-    skipped = sum(lr == 0.1 for _, lr in seen)
-    assert 1 <= skipped < 8, seen
-    assert [scale for scale, _ in seen] == [2.0**(127 - min(i + 1, skipped)) for i in range(8)]
-    assert [lr for _, lr in seen[skipped:]] == [0.1 * 0.5**(i + 1) for i in range(8 - skipped)]
-    assert ema.n_averaged == 8 - skipped
-    expected = one_layer()
-    train(expected, batches[skipped:], loss_fn, gamma=0.5)
+    row = train(model, batches, 10, gamma=0.5, scaler=scaler, after_update=lambda: updates.append(1))
+    skipped = 8 - len(updates)
+    assert 1 <= skipped < 8 and scaler.get_scale() == 2.0**(127 - skipped)
+    assert row["lr"] == pytest.approx(0.1 * 0.5**(7 - skipped)), "the schedule counts updates"
+    train(expected := one_layer(), batches[skipped:], 10, gamma=0.5)
     assert_same_parameters(model, expected)
 
 
-def test_stop_ends_after_the_step():
-    model, steps = one_layer(), []
-    train(expected := one_layer(), random_batches(3))
-    with pytest.raises(Interrupted):
-        train(model, random_batches(5), on_step=steps.append, stop=lambda: len(steps) == 3)
-    assert steps == [0, 1, 2]
-    assert_same_parameters(model, expected, tolerance=0)
-
-
 @pytest.mark.parametrize("clip", [0.0, 0.01, 100.0])
-def test_clip_grad_limits_the_norm(clip):
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_clip_grad_limits_the_norm(clip, scale):
     model, (x, y) = one_layer(), random_batches(1)[0]
     before = parameters(model)
     F.cross_entropy(model(x), y).backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     model.zero_grad()
-    train(model, [(x, y)], lr=1.0, clip_grad=clip)
+    train(model, [(x, y)], lr=1.0, clip_grad=clip, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
     moved = (parameters(model) - before).norm().item()
     assert 0.1 < norm < 100 and moved == pytest.approx(clip if clip == 0.01 else norm, rel=1e-3)
 
 
 @pytest.mark.parametrize("ignore_index", [0, 255])
-def test_validate_scores_at_the_labels_size(ignore_index):
-    """The images' channels are the logits, at half the labels' size: one half is class 1, the other class 2."""
+def test_validate_scores_at_the_masks_size(ignore_index):
+    """The images' channels are the logits, at half the masks' size: one half is class 1, the other class 2."""
     image = torch.zeros(2, 3, 4, 4)
     image[0, 1, :, :2] = image[0, 2, :, 2:] = image[1, 1, :2] = image[1, 2, 2:] = 5.0
     mask = torch.ones(2, 8, 8, dtype=torch.int64)
     mask[0, :, 4:] = mask[1, 4:] = mask[0, 0, :3] = 2  # the last are three wrong answers
     mask[1, 7, 2:] = ignore_index
-    metric = SegmentationMetric(3, ignore_index)
+    metric, batches = SegmentationMetric(3, ignore_index), []
     metric.update(torch.zeros(9, dtype=torch.int64), torch.ones(9, dtype=torch.int64))  # of an earlier epoch
-    predictor = Predictor(nn.Identity(), 0 if ignore_index == 0 else None, (0, 0, 0), (1, 1, 1), CPU)
-    loss = validate(predictor, [(image[i:i + 1].clone(), mask[i:i + 1]) for i in range(2)], metric)
+    predictor = Predictor(nn.Identity(), 0 if ignore_index == 0 else None, (0, 0, 0), (1, 1, 1))
+    scores = validate(predictor, [(image[i:i + 1].clone(), mask[i:i + 1]) for i in range(2)], metric, batches.append)
     assert metric.confusion_matrix().tolist() == [[0, 0, 0], [0, 61, 0], [0, 3, 58]]
+    assert scores["pixel_accuracy"] == 119 / 122 and [ids.shape for ids in batches] == [(1, 8, 8)] * 2
     scored = image.index_fill(1, torch.tensor([0]), -torch.inf) if ignore_index == 0 else image
     prob = F.interpolate(scored.softmax(1), (8, 8), mode="bilinear")
     labelled = mask != ignore_index
     expected = -prob.gather(1, torch.where(labelled, mask, 1)[:, None])[:, 0][labelled].log().mean().item()
-    assert loss == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(Interrupted):
-        validate(predictor, [(image.clone(), mask)] * 2, metric, stop=lambda: True)
-    assert metric.confusion_matrix().sum() == 122  # of the first batch alone
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5)
+    blank = torch.full_like(mask, ignore_index)
+    assert math.isnan(validate(predictor, [(image.clone(), blank)], metric)["loss"]), "no labelled pixel"
+    with pytest.raises(NonFiniteLoss):
+        validate(predictor, [(image * float("nan"), mask)], metric)

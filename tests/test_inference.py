@@ -3,18 +3,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from checkpoints import SHIPPED, load_model
 from datasets.synthetic import generate_scene
-from inference import TTA, Predictor, fold_batch_norm, most_probable
+from inference.predictor import TTA, Predictor, fold_batch_norm, most_probable, predict_stream
 from model import MODEL_NAMES, build_model
+from training.checkpoints import SHIPPED, load_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def predictor(model, ignore_index=0, **options) -> Predictor:
-    return Predictor(model, ignore_index, MEAN, STD, torch.device("cpu"), **options)
+    return Predictor(model, ignore_index, MEAN, STD, **options)
 
 
 def random_network(classes=5, seed=0) -> nn.Module:
@@ -56,8 +57,7 @@ def test_probabilities_at_any_size(size, tta):
     prob = predict.probabilities(images)
     assert prob.shape == (2, 5, *size) and prob.dtype == torch.float32
     torch.testing.assert_close(prob.sum(1), torch.ones(2, *size))
-    assert predict(images).shape == (2, *size)
-    assert torch.equal(images, before)
+    assert torch.equal(predict(images), prob.argmax(1)) and torch.equal(images, before)
 
 
 @pytest.mark.parametrize("ignore_index", [0, None])
@@ -66,14 +66,9 @@ def test_plain_probabilities_are_the_softmax_of_the_logits(ignore_index):
     with torch.no_grad():
         logits = model(images)
     expected = logits.softmax(1) if ignore_index is None else F.pad(logits[:, 1:].softmax(1), (0, 0, 0, 0, 1, 0))
-    torch.testing.assert_close(predictor(model, ignore_index).probabilities(images), expected)
-
-
-def test_a_network_left_in_training_mode_is_evaluated():
-    model, images = random_network(), torch.randn(2, 3, 16, 16)
-    expected = predictor(model).probabilities(images)
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch.testing.assert_close(predictor(model.train()).probabilities(images), expected)
+    predict = predictor(model.train(), ignore_index)  # a network left in training mode is evaluated
+    torch.testing.assert_close(predict.probabilities(images), expected)
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
 
 
@@ -83,92 +78,65 @@ def test_tiles_of_a_local_network_give_the_untiled_answer(size):
     torch.testing.assert_close(predictor(model, tile=64).probabilities(images), predictor(model).probabilities(images))
 
 
-class Recorder(nn.Module):
-    """Notes the window that each call sees of an image whose channels 0 and 1 hold the row and the column."""
-
-    def __init__(self):
-        super().__init__()
-        self.windows = []
-
-    def forward(self, x):
-        top, left = (int(v) for v in x[0, :2, 0, 0])
-        bottom, right = (int(v) + 1 for v in x[0, :2, -1, -1])
-        self.windows.append((top, bottom, left, right))
-        return torch.stack([x[:, 0] * 0, x[:, 0] * 0 + len(self.windows) % 2], 1)
-
-
 @pytest.mark.parametrize("size,tile", [
-    ((100, 70), 64), ((64, 65), 64), ((30, 200), 64), ((257, 129), 64), ((113, 1), 64), ((177, 90), 70),
+    ((100, 70), 64), ((64, 65), 64), ((30, 200), 64), ((257, 129), 64), ((113, 1), 64), ((177, 90), 70), ((64, 64), 64),
 ])
 def test_tiles_cover_everything_and_overlap_by_a_quarter(size, tile):
-    height, width = size
-    image = torch.stack([torch.arange(float(height))[:, None].expand(size), torch.arange(float(width)).expand(size),
-                         torch.zeros(size)])[None]
-    model = Recorder()
-    prob = predictor(model, None, tile=tile).probabilities(image)
-    covered = torch.zeros(size)
-    for top, bottom, left, right in model.windows:
+    rows, columns = torch.meshgrid(*(torch.arange(float(side)) for side in size), indexing="ij")
+    model, covered, windows = nn.Identity(), torch.zeros(size), []
+
+    def network(module, inputs, x):  # the tiles disagree: logit 0 or 1
+        windows.append((int(x[0, 0, 0, 0]), int(x[0, 0, -1, -1]) + 1, int(x[0, 1, 0, 0]), int(x[0, 1, -1, -1]) + 1))
+        return torch.stack([x[:, 0] * 0, x[:, 0] * 0 + len(windows) % 2], 1)
+    model.register_forward_hook(network)
+    prob = predictor(model, None, tile=tile).probabilities(torch.stack([rows, columns, 0 * rows])[None])
+    for top, bottom, left, right in windows:
         assert bottom - top <= tile and right - left <= tile
         covered[top:bottom, left:right] += 1
-    assert covered.min() >= 1 and len(model.windows) > 1
+    assert covered.min() >= 1 and (len(windows) > 1) == (max(size) > tile)
     for first, last in ((0, 1), (2, 3)):
-        spans = sorted({(w[first], w[last]) for w in model.windows})
+        spans = sorted({(w[first], w[last]) for w in windows})
         assert all(a[1] - b[0] >= tile // 4 for a, b in zip(spans, spans[1:]))
-    # The tiles disagree (logit 0 or 1), but blended there is no seam.
     steps = [prob.diff(dim=dim).abs().max() for dim in (2, 3) if prob.shape[dim] > 1]
-    assert 0.0 < max(steps) < 0.1
+    assert max(steps) < 0.1 and (max(steps) > 0) == (len(windows) > 1), "blended without a seam"
 
 
-def test_small_images_and_tile_zero_go_through_whole():
-    for size, tile in (((64, 64), 64), ((100, 100), 0)):
-        model = Recorder()
-        image = torch.zeros(1, 3, *size)
-        predictor(model, None, tile=tile)(image)
-        assert len(model.windows) == 1
-
-
-def test_flip_averages_the_mirrored_view():
-    model, images = random_network(), torch.randn(2, 3, 24, 40)
-    plain = predictor(model)
-    expected = (plain.probabilities(images) + plain.probabilities(images.flip(-1)).flip(-1)) / 2
-    torch.testing.assert_close(predictor(model, tta="flip").probabilities(images), expected)
-
-
-@pytest.mark.parametrize("tta,symmetric", [("none", False), ("flip", True), ("flip+scale", True)])
-def test_views_of_a_symmetric_image_are_symmetric(tta, symmetric):
-    half = torch.randn(1, 3, 32, 32)
-    images = torch.cat([half, half.flip(-1)], -1)
-    prob = predictor(random_network(), tta=tta).probabilities(images)
-    assert torch.allclose(prob, prob.flip(-1), atol=1e-4) == symmetric
-
-
-def test_scale_sees_the_image_at_three_sizes():
-    seen, model = [], pointwise()
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
-    predictor(model, tta="flip+scale")(torch.randn(1, 3, 40, 80))
-    assert sorted(seen) == sorted([(30, 60), (40, 80), (50, 100)] * 2)
-
-
-@pytest.mark.parametrize("size", [(10, 14), (33, 50), (20, 7)])
-def test_size_brings_probabilities_to_the_labels_size(size):
-    model, images = random_network(), torch.randn(2, 3, 20, 28)
-    predict = predictor(model)
-    expected = F.interpolate(predict.probabilities(images), size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(predict.probabilities(images, size), expected)
-    assert torch.equal(predict(images, size), expected.argmax(1))
+@pytest.mark.parametrize("tta,scales", [("none", [1]), ("flip", [1]), ("flip+scale", [0.75, 1, 1.25])])
+def test_tta_averages_mirrored_and_resized_views(tta, scales):
+    model, images, expected = random_network(), torch.randn(2, 3, 24, 40), []
+    for view in (images,) if tta == "none" else (images, images.flip(-1)):
+        for scale in scales:
+            seen = F.interpolate(view, (int(24 * scale), int(40 * scale)), mode="bilinear", antialias=True)
+            prob = F.interpolate(predictor(model).probabilities(seen), (24, 40), mode="bilinear")
+            expected.append(prob if view is images else prob.flip(-1))
+    torch.testing.assert_close(predictor(model, tta=tta).probabilities(images), torch.stack(expected).mean(0))
 
 
 @pytest.mark.parametrize("size,seen", [((60, 80), (30, 40)), ((80, 20), (40, 10)), ((40, 7), (40, 7)), ((9, 9), (9, 9)),
                                        ((500, 1), (40, 1))])
 def test_images_longer_than_max_side_are_shrunk_and_the_result_enlarged(size, seen):
-    sizes, model, images = [], pointwise(), torch.rand(2, 3, *size)
-    predict = predictor(model, max_side=40)
-    model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
-    prob = predict.probabilities(images)
-    assert sizes == [seen] and prob.shape == (2, 5, *size)
-    small = images if size == seen else F.interpolate(images, seen, mode="bilinear", antialias=True)
-    expected = predictor(model).probabilities(small)
-    torch.testing.assert_close(prob, F.interpolate(expected, size, mode="bilinear"))
+    images = [np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8) for i in range(2)]
+    predict = predictor(random_network(), max_side=40)
+    batch = predict.prepare(images)
+    small = np.stack([Image.fromarray(image).resize(seen[::-1], Image.Resampling.BILINEAR) for image in images])
+    expected = torch.from_numpy((small / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(batch, expected)
+    prob = F.interpolate(predict.probabilities(batch), size, mode="bilinear")
+    torch.testing.assert_close(predict.probabilities(batch, size), prob)
+    assert torch.equal(predict(batch, size), prob.argmax(1))
+    ids = predict.predict(images)
+    assert ids.dtype == np.uint8 and np.array_equal(ids, prob.argmax(1))
+    assert predictor(random_network()).prepare(images).shape[-2:] == size  # 0: never
+
+
+def test_stream_batches_images_of_one_size_and_no_more_pixels_than_a_tile():
+    predict, batches = predictor(pointwise(), tile=64), []
+    sizes = [(30, 40)] * 5 + [(40, 30)] + [(64, 64)] * 2 + [(80, 90)]
+    items = [(str(i), np.full((*size, 3), 9 * i, np.uint8)) for i, size in enumerate(sizes)]
+    predict.model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    for (name, image), (same, picture, ids) in zip(items, predict_stream(predict, iter(items), 3), strict=True):
+        assert same == name and picture is image and np.array_equal(ids, predictor(pointwise()).predict([image])[0])
+    assert batches == [3, 2, 1, 1, 1, *4 * [1]]  # the last image goes in four tiles
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -189,8 +157,7 @@ def test_folded_batch_norms_change_no_logit(name):
 
 def test_folding_the_shipped_network_moves_logits_by_less_than_1e_4():
     model, _, config = load_model(SHIPPED)
-    scene = np.array(generate_scene(0, 160, 120)[0])
-    images = Predictor(model, 0, **config["normalize"], device=torch.device("cpu")).prepare([scene])
+    images = Predictor(model, 0, **config["normalize"]).prepare([np.array(generate_scene(0, 160, 120)[0])])
     with torch.inference_mode():
         expected = model(images)
         assert 0 < (fold_batch_norm(model)(images) - expected).abs().max() < 1e-4
@@ -207,11 +174,3 @@ def test_most_probable_takes_the_first_of_equals():
     prob = torch.randint(0, 3, (3, 7, 20, 30)).float()
     for layout in (torch.contiguous_format, torch.channels_last):
         assert torch.equal(most_probable(prob.contiguous(memory_format=layout)), prob.argmax(1))
-
-
-def test_prepare_normalises_rgb():
-    photos = [torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).numpy() for _ in range(3)]
-    batch = predictor(pointwise()).prepare(photos)
-    assert batch.shape == (3, 3, 4, 6) and batch.dtype == torch.float32
-    for n, y, x, c in [(0, 0, 0, 0), (1, 3, 5, 2), (2, 1, 4, 1)]:
-        assert batch[n, c, y, x].item() == pytest.approx((int(photos[n][y, x, c]) / 255 - MEAN[c]) / STD[c], abs=1e-5)

@@ -1,22 +1,22 @@
 """The report page: its numbers, and what a browser makes of it (where Chromium is installed)."""
 import base64
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import opened
 from PIL import Image
 
 from datasets.classes import CAMVID, ClassSet
 from metric import SegmentationMetric
-from report import Report
+from output.report import Report
 
-REPO = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -25,46 +25,41 @@ def data_of(page: Path) -> dict:
     return json.loads(text)
 
 
-def decode(url: str) -> Image.Image:
+def decode(url: str, mode: str | None = None) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))) as image:
-        image.load()
-    return image
+        return np.asarray(image.convert(mode) if mode else image).astype(int)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> tuple[Path, list]:
-    """Five pictures of 60×40, the i-th with i tenths of its columns wrong; cars in two of them, no trains at all."""
+    """Five images of 60×40, the i-th with i tenths of its columns wrong; cars in two of them, no class 3 at all."""
     rng, classes = np.random.default_rng(0), ClassSet(("void", "a<b", "car", "</script>"), ((0, 0, 0), (255, 0, 0),
                                                                                           (0, 255, 0), (0, 0, 255)), 0)
     report, metric, frames = Report(classes), SegmentationMetric(4, 0), []
     for i in (2, 0, 3, 1, 4):
-        label = np.ones((40, 60), np.uint8)
-        label[:10] = 2 if i > 2 else 1
-        label[:, 0] = 0
-        ids = np.where(np.arange(60) < 6 * i, np.where(label == 1, 2, 1), np.maximum(label, 1)).astype(np.uint8)
-        photo = np.broadcast_to(rng.integers(0, 256, 3, dtype=np.uint8), (40, 60, 3))
-        frames.append((f"frame {i}", photo, ids, label))
+        mask = np.ones((40, 60), np.uint8)
+        mask[:10] = 2 if i > 2 else 1
+        mask[:, 0] = 0
+        ids = np.where(np.arange(60) < 6 * i, np.where(mask == 1, 2, 1), np.maximum(mask, 1)).astype(np.uint8)
+        frames.append((f"frame {i}", np.broadcast_to(rng.integers(0, 256, 3, dtype=np.uint8), (40, 60, 3)), ids, mask))
         report.add(*frames[-1])
-        metric.update(ids, label)
+        metric.update(ids, mask)
     return report.write(tmp_path_factory.mktemp("report"), "a <title>", metric), frames
 
 
-def test_the_page_holds_every_picture_and_its_scores(page):
+def test_the_page_holds_every_image_and_its_scores(page):
     path, frames = page
-    data = data_of(path)
+    data, total = data_of(path), SegmentationMetric(4, 0)
     assert [card["name"] for card in data["cards"]] == [frame[0] for frame in frames]
-    total = SegmentationMetric(4, 0)
-    for card, (_, photo, ids, label) in zip(data["cards"], frames):
-        wrong = (ids != label) & (label != 0)
-        assert card["accuracy"] == pytest.approx(1 - wrong.sum() / (label != 0).sum(), abs=1e-4)
-        for key, expected in (("label", label), ("prediction", ids)):
-            assert (np.asarray(decode(card[key])) == expected).all()
-        assert (np.asarray(decode(card["errors"]).convert("RGBA"))[..., 3] > 0).tolist() == wrong.tolist()
-        assert np.abs(np.asarray(decode(card["photo"])).astype(int) - photo).mean() < 3
-        assert card["present"] == [k for k, i in enumerate((1, 2, 3)) if (label == i).any()]
-        total.update(ids, label)
-    assert data["matrix"] == total.confusion_matrix()[1:, 1:].tolist()
-    assert data["classes"][2]["iou"] is None
+    for card, (_, image, ids, mask) in zip(data["cards"], frames):
+        wrong = (ids != mask) & (mask != 0)
+        assert card["accuracy"] == pytest.approx(1 - wrong.sum() / (mask != 0).sum(), abs=1e-4)
+        assert (decode(card["mask"]) == mask).all() and (decode(card["prediction"]) == ids).all()
+        assert ((decode(card["errors"], "RGBA")[..., 3] > 0) == wrong).all()
+        assert np.abs(decode(card["image"]) - image).mean() < 3
+        assert card["present"] == [k for k, i in enumerate((1, 2, 3)) if (mask == i).any()]
+        total.update(ids, mask)
+    assert data["matrix"] == total.confusion_matrix()[1:, 1:].tolist() and data["classes"][2]["iou"] is None
     assert data["classes"][0]["iou"] == pytest.approx(total.compute()["iou"][1], abs=1e-4)
 
 
@@ -74,69 +69,56 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     assert text.count("</script>") == 2, "a class called </script> closes nothing"
 
 
-CLICKS = """
-<script>
-const seen = { errors: window.failures };
+CLICKS = """<script>
 const names = () => [...document.querySelectorAll(".card:not([hidden]) p")].map(p => p.textContent.split(":")[0]);
-const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
+const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); return names(); };
 const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-seen.title = document.title;
-seen.worst = names();
-set("order", "best"); seen.best = names();
-set("order", "name"); seen.name = names();
-set("filter", "1"); seen.cars = names(); seen.count = $("count").textContent;
+const seen = { errors: window.failures, title: document.title, worst: names(), best: set("order", "best"),
+               name: set("order", "name"), cars: set("filter", "1"), count: $("count").textContent };
 bars[1].click(); seen.all = names().length;
-press(document.body, "2"); seen.label = cards[0].layer.src === cards[0].card.label;
-press(document.body, "1"); seen.photo = cards[0].layer.hidden;
-press(document.body, "3"); seen.prediction = !cards[0].layer.hidden && cards[0].layer.src === cards[0].card.prediction;
-cards[0].slider.value = 30; cards[0].slider.oninput(); seen.slider = cards[0].layer.style.clipPath;
-const first = document.querySelector(".card"); first.focus(); press(first, "ArrowRight");
-seen.focus = document.activeElement === first.nextElementSibling;
+const { card, layer, slider } = cards[0], first = document.querySelector(".card");
+press(document.body, "2"); seen.mask = layer.src === card.mask;
+press(document.body, "1"); seen.image = layer.hidden;
+press(document.body, "3"); seen.prediction = !layer.hidden && layer.src === card.prediction;
+slider.value = 30; slider.oninput(); seen.slider = layer.style.clipPath;
+first.focus(); press(first, "ArrowRight"); seen.focus = document.activeElement === first.nextElementSibling;
 seen.sizes = cards.every(({ layer }) => layer.clientWidth === layer.previousElementSibling.clientWidth);
 seen.hover = document.querySelector("td").title;
 document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "SEEN"));
-</script>
-"""
+</script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_sorts_filters_and_compares(page, tmp_path):
-    text = page[0].read_text("utf-8")
     watch = "<script>window.failures = []; onerror = message => { failures.push(message); };</script>"
-    (tmp_path / "page.html").write_text(text.replace("<title>", watch + "<title>") + CLICKS, "utf-8")
+    text = page[0].read_text("utf-8").replace("<title>", watch + "<title>")
+    (tmp_path / "page.html").write_text(text + CLICKS, "utf-8")
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                            "--enable-logging=stderr", f"file://{tmp_path}/page.html"],
                           capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(done.stdout.split("SEEN")[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert seen["errors"] == [] and seen["title"] == "a <title>"
+    seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
     ranked = [card["name"] for card in sorted(data_of(page[0])["cards"], key=lambda card: card["miou"])]
-    assert seen["worst"] == ranked and seen["best"] == ranked[::-1] and ranked[-1] == "frame 0"
-    assert seen["name"] == sorted(ranked)
-    assert seen["cars"] == ["frame 3", "frame 4"] and seen["count"] == "2 of 5" and seen["all"] == 5
-    assert seen["label"] and seen["photo"] and seen["prediction"] and seen["focus"] and seen["sizes"]
-    assert seen["slider"] == "inset(0px 70% 0px 0px)" and "pixels" in seen["hover"]
+    assert "pixels" in seen.pop("hover") and ranked[-1] == "frame 0"
+    assert seen == {"errors": [], "title": "a <title>", "worst": ranked, "best": ranked[::-1], "name": sorted(ranked),
+                    "cars": ["frame 3", "frame 4"], "count": "2 of 5", "all": 5, "mask": True, "image": True,
+                    "prediction": True, "slider": "inset(0px 70% 0px 0px)", "focus": True, "sizes": True}
 
 
-def test_evaluate_and_predict_write_a_report(scenes, tmp_path):
-    for script, flags in (("evaluate.py", ("--data_root", scenes, "--report", "labelled")),
-                          ("predict.py", ("--image_dir", scenes / "val", "--report", "unlabelled"))):
-        done = subprocess.run([sys.executable, str(REPO / script), *map(str, flags)], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and "index.html" in done.stdout, done.stderr
+def test_evaluate_and_predict_write_a_report(scenes, tmp_path, call):
+    for command in (("evaluate.py", "--data_root", scenes, "--report", "labelled"),
+                    ("predict.py", "--image_dir", scenes / "val", "--report", "unlabelled")):
+        status, out, _ = call(*command)
+        assert status == 0 and f"wrote {Path(command[-1], 'index.html')}" in out
     labelled, unlabelled = (data_of(tmp_path / folder / "index.html") for folder in ("labelled", "unlabelled"))
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert f"mIoU {metrics['miou']:.3f}" in labelled["headline"] and len(labelled["classes"]) == 11
-    names = [path.stem for path in sorted((scenes / "val").iterdir())]
-    for data in (labelled, unlabelled):
-        assert [card["name"] for card in data["cards"]] == names
-        for card in data["cards"]:
-            with Image.open(scenes / "val" / f"{card['name']}.png") as photo:
-                difference = np.asarray(decode(card["photo"])).astype(int) - np.asarray(photo)
-            assert np.abs(difference).mean() < 10
-    for ours, theirs in zip(labelled["cards"], unlabelled["cards"]):
-        assert ours["prediction"] == theirs["prediction"] and "label" not in theirs
-    with Image.open(tmp_path / "predictions" / f"{names[0]}_mask.png") as mask:
-        assert (np.asarray(decode(unlabelled["cards"][0]["prediction"])) == np.asarray(mask)).all()
+    paths = sorted((scenes / "val").iterdir())
+    for path, ours, theirs in zip(paths, labelled["cards"], unlabelled["cards"], strict=True):
+        assert ours["name"] == theirs["name"] == path.stem and ours["prediction"] == theirs["prediction"]
+        assert np.abs(decode(ours["image"]) - np.asarray(opened(path))).mean() < 10 and ours["image"] == theirs["image"]
+        assert (decode(ours["mask"], "RGB") == np.asarray(opened(scenes / "val_labels" / path.name))).all()
+        predicted = np.asarray(opened(tmp_path / "predictions" / f"{path.stem}_mask.png"))
+        assert (decode(theirs["prediction"]) == predicted).all() and "mask" not in theirs
     assert sum(entry["share"] for entry in unlabelled["classes"]) == pytest.approx(1)
     assert CAMVID.names[1:] == tuple(entry["name"] for entry in unlabelled["classes"])

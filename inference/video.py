@@ -8,7 +8,8 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what goes wrong 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from runtime import RunError, UserError, atomic_path  # noqa: E402
+from support.command import RunError, UserError  # noqa: E402
+from support.files import atomic_path  # noqa: E402
 
 
 class VideoReader:

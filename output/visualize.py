@@ -1,23 +1,23 @@
-"""Pictures: palette masks, overlays, panels, training curves, confusion matrices."""
+"""Pictures: masks, overlays, panels, training curves."""
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.classes import ClassSet
-from runtime import atomic_path
+from support.files import write_file
 
 
 def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
-    """(H, W) ids -> a palette image whose pixel values are the ids and whose palette is the classes' colours."""
+    """(H, W) class ids -> a palette image whose pixel values are the ids and whose palette is the classes' colours."""
     image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(classes.to_rgb(np.arange(256)).tobytes())
     return image
 
 
-def overlay_image(photo: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
-    """(H, W, 3) uint8 photograph and (H, W) ids -> the photograph under the classes' colours at opacity ``alpha``."""
-    return Image.blend(Image.fromarray(photo), Image.fromarray(classes.to_rgb(ids)), alpha)
+def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
+    """(H, W, 3) uint8 image and (H, W) class ids -> the image under the classes' colours at opacity ``alpha``."""
+    return Image.blend(Image.fromarray(image), Image.fromarray(classes.to_rgb(ids)), alpha)
 
 
 def draw_legend(image: Image.Image, classes: ClassSet) -> Image.Image:
@@ -40,26 +40,22 @@ def draw_legend(image: Image.Image, classes: ClassSet) -> Image.Image:
 
 
 def panel_image(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet) -> Image.Image:
-    """Rows of (photograph (H, W, 3), label ids, predicted ids), side by side, in the first row's size."""
+    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, in the first image's size."""
     height, width = rows[0][0].shape[:2]
     panel = Image.new("RGB", (3 * width, len(rows) * height))
-    for i, (photo, label, prediction) in enumerate(rows):
-        for j, picture in enumerate((photo, classes.to_rgb(label), classes.to_rgb(prediction))):
+    for i, (image, mask, prediction) in enumerate(rows):
+        for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             panel.paste(tile, (j * width, i * height))
     return panel
 
 
-def _figure(**kwargs):
-    # The object interface needs no global state and no display; importing it here keeps the commands' start fast.
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained", **kwargs)
-
-
 def save_curves(history: list[dict], path: Path) -> None:
     """Losses, mIoU and learning rate by epoch, as a PNG."""
-    figure = _figure(figsize=(12, 3.5), dpi=100)
+    # Needs no display and no global state, and imported here keeps the commands' start fast.
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", figsize=(12, 3.5), dpi=100)
     for axes, title, keys in zip(figure.subplots(1, 3), ("loss", "val mIoU", "learning rate"),
                                  (("train_loss", "val_loss"), ("val_miou",), ("lr",))):
         for key in keys:
@@ -69,22 +65,4 @@ def save_curves(history: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-
-
-def save_confusion_matrix(matrix: np.ndarray, names: tuple[str, ...], path: Path) -> None:
-    """(C, C) counts by label and prediction -> a PNG of the shares of each label's pixels, in percent."""
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    size = 2.5 + 0.55 * len(names)
-    figure = _figure(figsize=(size, size), dpi=100)
-    axes = figure.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="label", title="pixels of each label, %")
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    for i, j in zip(*np.nonzero(share >= 0.005)):
-        axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                  color="white" if share[i, j] > 0.5 else "black")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
+    write_file(path, figure.savefig)

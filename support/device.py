@@ -1,0 +1,75 @@
+"""The device, its precision, its memory and its cores."""
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+
+import torch
+
+from support.command import UserError
+
+
+def select_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU. Raises UserError where the named device is missing."""
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        name = next(kind for kind in count if count[kind])
+    kind, _, index = name.partition(":")
+    if kind not in count or not (index or "0").isdecimal() or int(index or 0) >= count[kind]:
+        raise UserError(f"--device {name} is not available here; use --device auto or cpu")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
+    if kind == "cpu":
+        keep_freed_memory()
+    return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse what tensors free: fresh pages, cleared by the kernel, cost a fifth of a CPU training step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: memory goes back to the kernel at the end only
+
+
+def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type for autocast: bf16 where a CUDA device has it, else fp16; None, plain float32, on other devices.
+
+    Raises UserError where ``fp16`` or ``bf16`` is asked of a device other than CUDA.
+    """
+    if amp == "off" or (amp == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise UserError(f"--amp {amp} needs a CUDA device, this run is on {device.type}; use --amp auto or off")
+    if amp == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """The autocast context; a no-op where ``dtype`` is None."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def repeatable(deterministic: bool) -> None:
+    """Have torch pick repeatable, slower kernels; else those that are the fastest for the sizes at hand."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def default_workers(device: torch.device) -> int:
+    """How many processes load data: none where they would only take two CPU cores from the network."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared by torchrun's processes
+    if device.type == "cpu":
+        return 2 if cores > 2 else 0
+    return max(1, min(8, cores))
+
+
+def init_worker(worker_id: int) -> None:
+    """For data loader processes: leave signals to the main process, which ends its workers, and use one thread."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+    torch.set_num_threads(1)
