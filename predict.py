@@ -198,12 +198,12 @@ def main(args) -> int:
                                            amp_dtype=select_amp_dtype(args.amp, device))
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
+    names = dict(zip(images, output_names(images)))
     for folder in filter(None, (args.save_dir, args.report)):
         make_folder(folder)
     if images[0].suffix.lower() in VIDEO_SUFFIXES:
         print(f"{checkpoint} on {images[0]}", flush=True)
         return predict_video(images[0], predictor, classes, args)
-    names = dict(zip(images, output_names(images)))
     names = without_existing(names, args) if args.skip_existing else names
     print(f"{checkpoint} on {len(names)} image{'s' * (len(names) != 1)}", flush=True)
     report = Report(classes)

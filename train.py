@@ -141,7 +141,7 @@ def main(args) -> int:
     print(f"{args.model} of width {args.width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
           f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
     if device.type == "cpu" and args.width > 32:
-        print("this takes days on a CPU; --width 16 takes a twelfth of the time", flush=True)
+        print("this takes many hours on a CPU; --width 16 takes a twelfth of the time", flush=True)
     weight = class_weights(args.class_weights, torch.from_numpy(reports["train"].pixels[: len(classes)]),
                            classes.ignore_index)
     loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)

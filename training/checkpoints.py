@@ -67,11 +67,13 @@ def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
 
 
 def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
-    """``model.load_state_dict``. Raises UserError where names or shapes differ."""
+    """``model.load_state_dict``. Raises UserError where names or shapes differ, or values are not finite."""
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its weights do not fit this model ({one_line(error)})") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{path}: its weights hold NaN or infinite values; use an earlier checkpoint")
 
 
 def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
@@ -88,11 +90,9 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
         classes.to_rgb(np.arange(len(classes)))
         options = {"width": config["model"]["options"]["width"]}  # nothing that could start a download
         model = build_model(config["model"]["name"], len(classes), **options)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: describes no model of this program ({one_line(error)})") from None
     load_weights(model, state["state_dict"], path)
-    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-        raise UserError(f"{path}: its weights hold NaN or infinite values; use an earlier checkpoint")
     return model.eval(), classes, config
 
 
@@ -119,4 +119,5 @@ def release(source: Path, target: Path) -> None:
     beyond = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if beyond:
         raise UserError(f"{source}: {beyond[0]} has values beyond half precision")
-    save_checkpoint(target, {"state_dict": weights, "scores": load_checkpoint(source)["scores"], "config": config})
+    scores = load_checkpoint(source).get("scores", {})
+    save_checkpoint(target, {"state_dict": weights, "scores": scores, "config": config})
