@@ -34,17 +34,15 @@ def keep_freed_memory() -> None:
 
 
 def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast: bf16 where a CUDA device has it, else fp16; None, plain float32, on other devices.
+    """The type for autocast, None for float32. ``auto``: on CUDA bf16 where the device has it, else fp16; else float32.
 
-    Raises UserError where ``fp16`` or ``bf16`` is asked of a device other than CUDA.
+    Raises UserError where mixed precision is asked of a device that is neither CUDA nor a CPU.
     """
-    if amp == "off" or (amp == "auto" and device.type != "cuda"):
-        return None
-    if device.type != "cuda":
-        raise UserError(f"--amp {amp} needs a CUDA device, this run is on {device.type}; use --amp auto or off")
-    if amp == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp in ("fp16", "bf16") and device.type not in ("cuda", "cpu"):
+        raise UserError(f"--amp {amp} needs CUDA or a CPU, this run is on {device.type}; use --amp auto or off")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

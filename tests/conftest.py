@@ -1,4 +1,5 @@
 """What several test files share: the specification's colours, generated scenes, real images, ways to run commands."""
+import csv
 import importlib
 import os
 import re
@@ -44,10 +45,8 @@ PALETTE = np.array([*COLORS.values()], np.uint8)  # (12, 3)
 
 def compare_per_class(rgb: np.ndarray, colors) -> np.ndarray:
     """(H, W, 3) -> (H, W) uint8 ids, the slow way: one comparison per class; 255 where none matches."""
-    ids = np.full(rgb.shape[:2], 255, np.uint8)
-    for i, color in enumerate(colors):
-        ids[(rgb == color).all(-1)] = i
-    return ids
+    matches = np.stack([(rgb == color).all(-1) for color in colors])
+    return np.where(matches.any(0), matches.argmax(0), 255).astype(np.uint8)
 
 
 def save(path: Path, array: np.ndarray, **options) -> Path:
@@ -77,10 +76,19 @@ def make_pair(root: Path, stem: str, ids: np.ndarray | None = None, split: str =
 
 
 def write_csv(root: Path, colors: dict[str, tuple[int, int, int]]) -> Path:
-    lines = [f"{name},{r},{g},{b}\n" for name, (r, g, b) in colors.items()]
     path = root / "class_dict.csv"
-    path.write_text("name,r,g,b\n" + "".join(lines))
+    path.write_text("name,r,g,b\n" + "".join(f"{name},{r},{g},{b}\n" for name, (r, g, b) in colors.items()))
     return path
+
+
+def load(folder: Path, kind: str = "last") -> dict:
+    """The last or the best checkpoint that train.py left there."""
+    return torch.load(folder / "checkpoint" / f"unet_{kind}.pth", weights_only=True)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The log that train.py left there."""
+    return [*csv.DictReader((folder / "checkpoint" / "unet_log.csv").read_text().splitlines())]
 
 
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:

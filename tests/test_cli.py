@@ -1,8 +1,6 @@
 """The commands together: what training leaves, what evaluation and prediction make of it, and how a run goes on."""
-import csv
 import functools
 import json
-import os
 import re
 import runpy
 import shlex
@@ -13,21 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PALETTE, REPO, SMALL, compare_per_class, opened
+from conftest import PALETTE, REPO, SMALL, compare_per_class, load, opened, rows
 from torch.utils.data import DataLoader
 
 from datasets import synthetic
 from datasets.classes import CAMVID
 from metric import score_table
-
-
-def rows(folder: Path) -> list[dict]:
-    with open(folder / "checkpoint" / "unet_log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def load(folder: Path, kind: str = "last") -> dict:
-    return torch.load(folder / "checkpoint" / f"unet_{kind}.pth", weights_only=True)
 
 
 def evaluate(call, cwd: Path, *flags) -> dict:
@@ -36,20 +25,18 @@ def evaluate(call, cwd: Path, *flags) -> dict:
     return json.loads((cwd / "evaluation" / "metrics.json").read_text())
 
 
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    for key in ("model_state_dict", "ema_state_dict"):
-        for name, tensor in load(theirs)["training"][key].items():
-            assert torch.equal(load(ours)["training"][key][name], tensor), name
-
-
 def test_training_leaves_its_files(trained):
     assert {path.name for path in (trained / "checkpoint").iterdir()} == {
         f"unet_{name}" for name in ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")}
-    assert opened(trained / "checkpoint" / "unet_panel.png").size == (3 * 96, 2 * 72)
-    log, best, state = rows(trained), load(trained, "best"), load(trained)["training"]
-    assert [row["epoch"] for row in log] == ["1", "2"] and len(state["history"]) == 2
-    score = max(float(row["val_miou"]) for row in log)
-    assert best["scores"]["miou"] == pytest.approx(score, abs=1e-6) == pytest.approx(state["best_miou"], abs=1e-6)
+    log, best, last = rows(trained), load(trained, "best"), load(trained)
+    assert best.keys() == {"format", "state_dict", "scores", "config"} and last.keys() == {*best, "training"}
+    size = sum(tensor.nbytes for tensor in best["state_dict"].values())
+    assert size < (trained / "checkpoint" / "unet_best.pth").stat().st_size < 1.2 * size
+    raw, average = (last["training"][key]["classifier.bias"] for key in ("model_state_dict", "ema_state_dict"))
+    assert torch.equal(last["state_dict"]["classifier.bias"], average) and not torch.equal(raw, average)
+    assert [row["epoch"] for row in log] == ["1", "2"] and len(last["training"]["history"]) == 2
+    score, best_miou = max(float(row["val_miou"]) for row in log), last["training"]["best_miou"]
+    assert best["scores"]["miou"] == pytest.approx(score, abs=1e-6) == pytest.approx(best_miou, abs=1e-6)
     printed = (trained / "printed").read_text()
     assert score_table(best["scores"], CAMVID.names, 0) in printed and printed.count("*best") >= 1
     assert f"mIoU {score:.3f}" in printed and "train: 4 images\nval: 2 images\n" in printed
@@ -62,38 +49,51 @@ def test_the_printed_command_evaluates_to_the_score_of_training(trained, call):
     for key in ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1"):
         assert metrics[key] == pytest.approx(scores[key], abs=1e-9)
     assert metrics["images"] == 2 and [entry["name"] for entry in metrics["per_class"]] == list(CAMVID.names[1:])
-    known = [entry["iou"] for entry in metrics["per_class"] if entry["iou"] is not None]
-    assert metrics["miou"] == pytest.approx(np.mean(known))
-    matrix = np.array(metrics["confusion_matrix"])  # true class, predicted class
-    assert matrix.sum(1).tolist() == [entry["pixels"] for entry in metrics["per_class"]]
-    assert matrix.trace() / matrix.sum() == pytest.approx(metrics["pixel_accuracy"])
+    assert [sum(row) for row in metrics["confusion_matrix"]] == [entry["pixels"] for entry in metrics["per_class"]]
 
 
-def test_a_resumed_run_with_a_cache_equals_an_uninterrupted_one(trained, scenes, tmp_path, call):
-    train = "train.py", "--data_root", scenes, *SMALL, "--deterministic", "--cache"
-    assert call(*train, "--epochs", 1, "--resume", "auto")[0] == 0  # nothing there: starts anew
-    status, out, _ = call(*train, "--resume", "auto")
-    assert status == 0 and "resumed after epoch 1, " in out
-    assert len(list((tmp_path / "checkpoint" / "cache").iterdir())) == 4
-    assert_same_weights(tmp_path, trained)
-    assert rows(tmp_path) == rows(trained)
-
-
-def test_spawned_workers_train_the_same_network_and_leave_the_data_alone(trained, scenes, tmp_path, call, monkeypatch):
-    """Windows and macOS start loader processes anew; data may lie on a disk that cannot be written."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::UserWarning:google")
+def test_a_run_in_two_parts_in_every_other_way_equals_a_plain_one(trained, scenes, tmp_path, call, monkeypatch):
+    """Stopped and resumed, with a cache, TensorBoard, scaled losses as in fp16, and then a loader process, started anew
+    as on Windows and macOS; the data may lie on a disk that cannot be written.
+    """
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     before = {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}
-    monkeypatch.setattr("train.DataLoader", functools.partial(DataLoader, multiprocessing_context="spawn"))
-    assert call("train.py", "--data_root", scenes, *SMALL, "--workers", 1)[0] == 0
+    scaler, flags = torch.amp.GradScaler, (*SMALL, "--deterministic", "--cache", "--tensorboard", "--resume", "auto")
+    for epochs, started in ((1, None), (2, "spawn")):
+        monkeypatch.setattr("train.DataLoader", functools.partial(DataLoader, multiprocessing_context=started))
+        monkeypatch.setattr("torch.amp.GradScaler", lambda kind, enabled: scaler(kind, 4.0 * epochs))  # noqa: B023
+        status, out, _ = call("train.py", "--data_root", scenes, *flags, "--epochs", epochs, "--workers", epochs - 1)
+        assert status == 0 and ("resumed after epoch 1, " in out) == (epochs == 2)
+    assert load(tmp_path)["training"]["scaler_state_dict"]["scale"] == 4
+    assert len(list((tmp_path / "checkpoint" / "cache").iterdir())) == 4
     assert {path: path.stat().st_mtime_ns for path in scenes.rglob("*")} == before
-    assert_same_weights(tmp_path, trained)
+    for key in ("model_state_dict", "ema_state_dict"):
+        ours, plain = (load(folder)["training"][key] for folder in (tmp_path, trained))
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+    assert rows(tmp_path) == rows(trained)
+    events = accumulator.EventAccumulator(str(tmp_path / "checkpoint" / "unet_tensorboard"))
+    events.Reload()
+    for key in ("train_loss", "val_loss", "val_miou", "lr"):
+        logged = [float(row[key]) for row in rows(tmp_path)]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(logged, abs=1e-5)
+        assert [event.step for event in events.Scalars(key)] == [1, 2]
+    picture, panel = events.Images("image, mask, prediction")[-1], opened(tmp_path / "checkpoint" / "unet_panel.png")
+    assert (picture.width, picture.height) == panel.size == (3 * 96, 2 * 72)  # two images are all there are
+    assert (np.asarray(panel)[:72, :96] == np.asarray(opened(min((scenes / "val").iterdir())))).all()
+
+
+def test_without_tensorboard_one_line_says_what_to_install(scenes, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = call("train.py", "--data_root", scenes, *SMALL, "--tensorboard")
+    assert status == 2 and "pip install tensorboard" in err
 
 
 def test_resuming_in_another_folder_sets_aside_what_is_there_and_starts_its_own_best(trained, scenes, tmp_path, call):
     state = load(trained)
     state["training"]["best_miou"] = 0.99  # out of reach for what follows
     torch.save(state, tmp_path / "elsewhere.pth")
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
+    (folder := tmp_path / "checkpoint").mkdir()
     (folder / "unet_best.pth").write_bytes(b"precious")
     status, out, _ = call("train.py", "--data_root", scenes, *SMALL, "--epochs", 3, "--resume", "elsewhere.pth")
     assert status == 0 and "resumed after epoch 2" in out and "moved the earlier run" in out
@@ -107,10 +107,13 @@ def test_the_tutorials_commands(scenes, tmp_path, call):
     assert call("train.py", "--data_root", scenes, *tutorial.split(), "--width", 4, "--crop_size", 64)[0] == 0
     flags = json.loads((tmp_path / "C" / "unet_args.json").read_text())
     assert (flags["lr"], flags["momentum"], flags["weight_decay"], flags["gamma"]) == (0.01, 0.9, 5e-4, 0.1)
-    predict = "predict.py", "--image_dir", scenes / "test", "--checkpoint", "C/unet_best.pth", "--save_dir", "S"
-    assert call(*predict, "--overlay", "False")[0] == 0
-    assert {path.name for path in (tmp_path / "S").iterdir()} == {
-        f"{path.stem}_mask.png" for path in (scenes / "test").iterdir()}
+    image = min((scenes / "test").iterdir())
+    predict = "predict.py", "--image_dir", image, "--checkpoint", "C/unet_best.pth", "--save_dir"
+    for i, overlay in enumerate(("--overlay False", "--no-overlay", "", "--overlay True", "--overlay")):
+        status, out, _ = call(*predict, f"S{i}", *overlay.split())
+        assert status == 0 and "unet_best.pth on 1 image\n" in out
+        names = {f"{image.stem}_mask.png"} | ({f"{image.stem}_overlay.png"} if i > 1 else set())
+        assert {path.name for path in (tmp_path / f"S{i}").iterdir()} == names
 
 
 def test_max_side_scores_and_predicts_at_the_masks_own_size(scenes, tmp_path, call):
@@ -128,12 +131,6 @@ def test_max_side_scores_and_predicts_at_the_masks_own_size(scenes, tmp_path, ca
     assert {opened(path).size for path in (tmp_path / "predictions").iterdir()} == {(96, 72)}
 
 
-def test_shipped_weights_predict_where_nothing_was_trained(scenes, tmp_path, call):
-    status, out, _ = call("predict.py", "--image_dir", scenes / "test")
-    assert status == 0 and "camvid_unet.pth on 2 images" in out
-    assert all(len(np.unique(opened(path))) > 3 for path in (tmp_path / "predictions").glob("*_mask.png"))
-
-
 @pytest.mark.slow
 def test_shipped_weights_score_what_their_card_says(camvid, tmp_path, call):
     """The card's table has a row of IoUs for the classes, in their order, and mIoU in bold."""
@@ -145,29 +142,19 @@ def test_shipped_weights_score_what_their_card_says(camvid, tmp_path, call):
     assert f"{metrics['miou']:.3f}" == re.search(r"\*\*(0\.\d+)\*\*", card)[1] == "0.690"
 
 
-@pytest.mark.parametrize("flags, kinds", [
-    ("", ["mask", "overlay"]), ("--overlay False", ["mask"]), ("--no-overlay", ["mask"]),
-    ("--overlay True", ["mask", "overlay"]), ("--overlay", ["mask", "overlay"])])
-def test_overlay_flag_means_what_it_says(trained, scenes, tmp_path, call, flags, kinds):
-    image = min((scenes / "test").iterdir())
-    status, out, _ = call("predict.py", "--image_dir", image, "--save_dir", tmp_path, *flags.split(), cwd=trained)
-    assert status == 0 and "unet_best.pth on 1 image\n" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{image.stem}_{kind}.png" for kind in kinds]
-
-
 def test_predict_starts_without_what_only_training_needs():
     check = "import predict, sys; sys.exit(bool({'albumentations', 'cv2', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], cwd=REPO).returncode == 0
 
 
 @pytest.mark.parametrize("source, train, val", [("scenes", 1, 1), ("camvid", 6, 2)])
-def test_training_on_few_images(request, source, train, val, tmp_path, call):
+def test_training_on_few_images_without_an_average(request, source, train, val, tmp_path, call):
     data, root = request.getfixturevalue(source), tmp_path / "few"
     for folder, count in (("train", train), ("train_labels", train), ("val", val), ("val_labels", val)):
         (root / folder).mkdir(parents=True)
         for path in sorted((data / folder).iterdir())[:count]:
             (root / folder / path.name).symlink_to(path)
-    assert call("train.py", "--data_root", root, *SMALL, "--batch_size", 1, "--epochs", 1)[0] == 0
+    assert call("train.py", "--data_root", root, *SMALL, "--batch_size", 1, "--epochs", 1, "--ema", 0)[0] == 0
     metrics = evaluate(call, tmp_path, "--data_root", root)
     assert metrics["miou"] == pytest.approx(float(rows(tmp_path)[0]["val_miou"]), abs=1e-6)
     ids = [compare_per_class(np.array(opened(path)), PALETTE) for path in (root / "val_labels").iterdir()]
@@ -176,14 +163,13 @@ def test_training_on_few_images(request, source, train, val, tmp_path, call):
 
 def test_demo_trains_and_predicts(tmp_path, monkeypatch):
     """As typed, with fewer scenes."""
-    generate = synthetic.generate_dataset
-    monkeypatch.setattr(synthetic, "generate_dataset", lambda root, counts, size:
-                        generate(root, dict.fromkeys(counts, 2), size))
+    generate, few = synthetic.generate_dataset, {"train": 2, "val": 2, "test": 2}
+    monkeypatch.setattr(synthetic, "generate_dataset", lambda root, counts, size: generate(root, few, size))
     monkeypatch.chdir(tmp_path)
     for line in ("train.py --demo --epochs 1 --workers 0", "predict.py --demo"):
         monkeypatch.setattr(sys, "argv", line.split())
         with pytest.raises(SystemExit, match="^0$"):
             runpy.run_path(str(REPO / line.split()[0]), run_name="__main__")
     demo = tmp_path / "checkpoint" / "demo"
-    assert {"unet_best.pth", "unet_log.csv", "unet_curves.png", "unet_panel.png"} <= set(os.listdir(demo))
-    assert len(list((demo / "predictions").glob("*_overlay.png"))) == len(os.listdir(demo / "scenes" / "test")) == 2
+    assert all((demo / f"unet_{name}").is_file() for name in ("best.pth", "log.csv", "curves.png", "panel.png"))
+    assert len(list((demo / "predictions").glob("*_overlay.png"))) == len(list(demo.glob("scenes/test/*"))) == 2

@@ -1,4 +1,4 @@
-"""What others run gives what predict.py writes: ONNX files, weights in half precision, torch.hub."""
+"""What others run gives what predict.py writes: ONNX files, half precision, torch.hub, the benchmark's plain loop."""
 import json
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, code_blocks, finish, opened, start
+from conftest import PALETTE, REPO, code_blocks, compare_per_class, finish, opened, start
 from PIL import Image
 
 from datasets.synthetic import generate_scene
@@ -17,6 +17,7 @@ from training.checkpoints import SHIPPED, load_model, load_predictor
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+sys.path.append(str(REPO / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +56,12 @@ def test_ids_are_those_of_the_predictor(exported, size, equal):
     assert metadata == {"classes": classes.to_dict(), "normalize": config["normalize"], "max_side": 480}
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1), (3, 16, 16), (2, 47, 200)])
-def test_logits_of_any_batch_and_size(exported, size):
-    count, height, width = size
-    images = torch.randn(count, 3, height, width)
-    ours = onnxruntime.InferenceSession(exported / "logits.onnx").run(None, {"image": images.numpy()})[0]
-    with torch.inference_mode():
-        np.testing.assert_allclose(ours, load_model(SHIPPED)[0](images), atol=1e-4)
-
-
-def test_a_file_that_computes_something_else_is_refused(exported):
-    model = load_model(SHIPPED)[0]
-    assert check_onnx(model, exported / "logits.onnx", False) < 1e-4
+def test_logits_of_any_size_are_the_networks_and_another_networks_are_refused(exported):
+    model, session = load_model(SHIPPED)[0], onnxruntime.InferenceSession(exported / "logits.onnx")
+    for count, *size in ((1, 1, 1), (3, 16, 16), (2, 47, 200)):
+        images = torch.randn(count, 3, *size)
+        with torch.inference_mode():
+            np.testing.assert_allclose(session.run(None, {"image": images.numpy()})[0], model(images), atol=1e-4)
     with torch.no_grad():
         model.classifier.bias[3] += 0.01
     with pytest.raises(RunError, match="differ"):
@@ -79,18 +74,52 @@ def test_half_precision_predicts_the_same_without_this_machines_paths(trained, s
     state, before = (torch.load(path, weights_only=True) for path in (tmp_path / "model.pth", best))
     assert {tensor.dtype for tensor in state["state_dict"].values()} == {torch.float16, torch.int64}
     local = {"data_root", "checkpoint", "resume", "init_from", "cache", "workers", "device"}
-    assert before["config"]["train"].keys() - state["config"]["train"].keys() == local
-    assert str(state["scores"]) == str(before["scores"]) and str(scenes) not in str(state["config"])
+    kept = {key: value for key, value in before["config"]["train"].items() if key not in local}
+    assert state["config"] == {**before["config"], "train": kept} and str(state["scores"]) == str(before["scores"])
     images = [np.array(opened(path)) for path in sorted((scenes / "train").iterdir())]
     ours, theirs = (load_predictor(path)[0].predict(images) for path in (tmp_path / "model.pth", best))
     assert (ours == theirs).mean() >= 0.999
+    before["state_dict"]["classifier.weight"][:] = 1e6
+    torch.save(before, tmp_path / "large.pth")
+    status, _, err = call("export.py", "--out", "none.pth", "--checkpoint", "large.pth")
+    assert status == 2 and "classifier.weight has values beyond half precision" in err
+    assert not (tmp_path / "none.pth").exists()
 
 
-def test_torch_hub_gives_the_shipped_network(tmp_path):
-    code = (f"import torch; hub = lambda **options: torch.hub.load({str(REPO)!r}, 'unet', source='local', **options)\n"
-            "assert hub(num_classes=5, width=4)(torch.zeros(1, 3, 20, 30)).shape == (1, 5, 20, 30)\n"
-            "torch.save(hub(pretrained=True)(torch.ones(1, 3, 20, 30)).detach(), 'logits.pth')")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+def test_torch_hub_gives_the_shipped_network():
+    images = torch.ones(1, 3, 20, 30)
+    assert torch.hub.load(REPO, "unet", source="local", num_classes=5, width=4)(images).shape == (1, 5, 20, 30)
     with torch.inference_mode():
-        expected = load_model(SHIPPED)[0](torch.ones(1, 3, 20, 30))
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pth"), expected)
+        shipped = torch.hub.load(REPO, "unet", source="local", pretrained=True)
+        torch.testing.assert_close(shipped(images), load_model(SHIPPED)[0](images))
+
+
+def test_masks_of_the_shipped_network_equal_those_of_the_plain_loop(tmp_path, call):
+    import references
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, size in enumerate([(160, 120), (160, 120), (160, 120), (90, 131), (33, 20)]):
+        generate_scene(i, *size)[0].save(images / f"{i}.png")
+    status, out, _ = call("predict.py", "--image_dir", images, "--save_dir", "ours", "--device", "cpu")
+    assert status == 0 and "camvid_unet.pth on 5 images" in out
+    references.predict(SHIPPED, images, tmp_path / "plain", "cpu")
+    for path in (tmp_path / "plain").iterdir():
+        ours, plain = (np.array(opened(p).convert("RGB")) for p in (tmp_path / "ours" / path.name, path))
+        assert (ours != plain).any(-1).mean() < 1e-3, "but for pixels where two classes are equal to six digits"
+    assert len(list((tmp_path / "plain").iterdir())) == len(list((tmp_path / "ours").iterdir())) == 10
+
+
+def test_the_benchmark_prints_its_table_and_writes_its_rows(scenes, tmp_path, monkeypatch, capsys):
+    import bench
+    import references
+    for path in (scenes / "train_labels").iterdir():
+        rgb = np.array(opened(path))
+        assert (references.mask_to_ids(rgb) == compare_per_class(rgb, PALETTE)).all()
+    monkeypatch.chdir(tmp_path)
+    flags = ["masks", "items", "start", "--runs", "1", "--data_root", str(scenes)]
+    bench.main(bench.get_args_parser().parse_args(flags))
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == [line.split(" | ")[0][2:] for line in
+                                              capsys.readouterr().out.splitlines()[4:]]
+    assert len(rows) == 4 and all(row["ours"] > 0 for row in rows)
+    assert [row["ratio"] for row in rows] == [row["reference"] and row["reference"] / row["ours"] for row in rows]

@@ -1,6 +1,6 @@
-import cv2
 import numpy as np
 import pytest
+from conftest import save
 from PIL import Image
 
 from support.command import UserError
@@ -13,26 +13,20 @@ THREE_GREY = np.repeat(GREY[..., None], 3, 2)
 PALETTE = Image.fromarray(THREE_GREY).convert("P", palette=Image.Palette.ADAPTIVE)
 TURNED = Image.Exif()
 TURNED[0x112] = 6  # the camera was turned: the upright image is the stored one turned clockwise
-WHOLE = cv2.imencode(".png", RGB)[1].tobytes()
 SMOOTH = np.array(Image.fromarray(RGB).resize((48, 48)))  # JPEG changes it little
 
 
 @pytest.mark.parametrize("name, image, options, expected", [
-    ("rgb.png", Image.fromarray(RGB), {}, RGB),
-    ("grey.png", Image.fromarray(GREY), {}, THREE_GREY),
-    ("grey alpha.png", Image.merge("LA", [Image.fromarray(GREY)] * 2), {}, THREE_GREY),
-    ("rgba.png", Image.fromarray(np.dstack([RGB, GREY])), {}, RGB),
-    ("palette.png", PALETTE, {}, THREE_GREY),
+    ("rgba.png", Image.fromarray(np.dstack([RGB, GREY])), {}, RGB), ("palette.png", PALETTE, {}, THREE_GREY),
     ("palette alpha.png", PALETTE, {"transparency": bytes([0, 99, 255])}, THREE_GREY),
+    ("grey alpha.png", Image.merge("LA", [Image.fromarray(GREY)] * 2), {}, THREE_GREY),
     ("1 bit.png", Image.fromarray(GREY > 99), {}, (THREE_GREY > 99) * np.uint8(255)),
     ("16 bits.png", Image.fromarray(GREY * np.uint16(257)), {}, THREE_GREY),
     ("16 bits.tif", Image.fromarray(GREY * np.uint16(257)), {}, THREE_GREY),
-    ("cmyk.tif", Image.fromarray(RGB).convert("CMYK"), {}, RGB),
     ("cmyk.jpg", Image.fromarray(SMOOTH).convert("CMYK"), {"quality": 98}, SMOOTH),
     ("turned.jpg", Image.fromarray(SMOOTH[:30]), {"exif": TURNED, "quality": 98}, np.rot90(SMOOTH[:30], -1)),
-    ("turned.png", Image.fromarray(GREY), {"exif": TURNED}, np.rot90(THREE_GREY, -1)),
-    ("turned.tif", Image.fromarray(RGB), {"exif": TURNED}, np.rot90(RGB, -1)),
-    ("turned grey.tif", Image.fromarray(GREY), {"exif": TURNED}, np.rot90(THREE_GREY, -1)),
+    *((f"turned {array.ndim}.{kind}", Image.fromarray(array), {"exif": TURNED}, np.rot90(expected, -1))
+      for array, expected in ((GREY, THREE_GREY), (RGB, RGB)) for kind in ("png", "tif")),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_read_image(tmp_path, name, image, options, expected):
     image.save(tmp_path / name, **options)
@@ -41,35 +35,16 @@ def test_read_image(tmp_path, name, image, options, expected):
     assert np.abs(found.astype(int) - expected).mean() < (4 if name.endswith(".jpg") else 1e-9)
 
 
-def test_read_image_of_16_bit_colour(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), RGB[..., ::-1] * np.uint16(257))
-    assert (read_image(tmp_path / "a.png") == RGB).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", WHOLE[:len(WHOLE) // 2], WHOLE[:20], WHOLE[20:], None])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
-def test_unreadable_and_missing_files_are_named(tmp_path, content, suffix):
-    path = tmp_path / f"a.{suffix}"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: cannot be read"):
-        read_image(path)
-
-
 def test_broken_exif_is_refused_because_the_image_may_be_turned(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "a.png", exif=b"not what it should be")
     with pytest.raises(UserError, match="a.png: cannot be read.*not what"):
-        read_image(tmp_path / "a.png")
+        read_image(save(tmp_path / "a.png", RGB, exif=b"not what it should be"))
 
 
 @pytest.mark.parametrize("size, max_side, expected", [
     ((360, 480), 240, (180, 240)), ((480, 360), 240, (240, 180)), ((720, 960), 481, (361, 481)),
-    ((360, 480), 480, (360, 480)), ((360, 480), 1000, (360, 480)), ((360, 480), 0, (360, 480)),
-    ((1, 1000), 10, (1, 10)), ((1000, 1), 10, (10, 1)), ((500, 500), 7, (7, 7))])
+    ((360, 480), 480, (360, 480)), ((360, 480), 0, (360, 480)), ((1, 1000), 10, (1, 10))])
 def test_limited_size(size, max_side, expected):
-    assert limited_size(size, max_side) == expected
-    assert shrink(np.zeros((*size, 3), np.uint8), max_side).shape == (*expected, 3)
-    assert shrink(np.zeros(size, np.uint8), max_side).shape == expected
+    assert limited_size(size, max_side) == shrink(np.zeros((*size, 3), np.uint8), max_side).shape[:2] == expected
 
 
 @pytest.mark.parametrize("turn", [lambda array: array, lambda array: array.swapaxes(0, 1)], ids=["wide", "tall"])

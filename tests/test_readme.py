@@ -30,8 +30,7 @@ def test_links_and_files_are_there(name):
             assert path.exists() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8"))), target
     for path in re.findall(r"`([\w./-]+\.(?:py|md|toml|txt))`", page):
         assert (REPO / path).exists(), path
-    if name == "README.md":
-        assert page.count("\n") <= 150
+    assert name != "README.md" or page.count("\n") <= 150
 
 
 def typed_commands() -> list[tuple[str, str, list[str]]]:
@@ -69,29 +68,23 @@ def test_the_readmes_code_predicts(tmp_path, monkeypatch, capsys):
     assert "'Road': '" in capsys.readouterr().out
 
 
-def street(rng: np.random.Generator, colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A blue car on a grey road under green hills, (90, 120, 3), and its mask in the table's colours."""
-    ids = np.zeros((90, 120), int)
-    horizon, left = rng.integers(30, 50), rng.integers(0, 80)
-    ids[horizon:] = 1
-    ids[horizon + 10:horizon + 30, left:left + 35] = 2
-    looks = np.array([(70, 140, 60), (110, 110, 115), (40, 60, 190)]) + rng.integers(-15, 16, (3, 3))
-    return np.clip(looks[ids] + rng.normal(0, 8, (90, 120, 3)), 0, 255).astype(np.uint8), colors[ids]
-
-
 @pytest.mark.slow
 def test_own_data_from_images_to_a_model(tmp_path, call, monkeypatch):
     """As typed, but for a smaller default of --crop_size, which takes a fifth of the time."""
     table, = code_blocks("docs/own-data.md", "csv")
     commands, = code_blocks("docs/own-data.md", "bash")
-    colors = np.array([[int(value) for value in line.split(",")[1:]] for line in table.splitlines()[1:]], np.uint8)
-    root, rng = tmp_path / "mydata", np.random.default_rng(0)
+    names, *colors = zip(*(line.split(",") for line in table.splitlines()[1:]))
+    palette, rng = np.array(colors, np.uint8).T, np.random.default_rng(0)
+    looks = np.array([(70, 140, 60), (110, 110, 115), (40, 60, 190)])
     for split, count in (("train", 4), ("val", 2)):
         for i in range(count):
-            image, mask = street(rng, colors)
-            save(root / split / f"street {i}.jpg", image, quality=95)
-            save(root / f"{split}_labels" / f"street {i}.png", mask)
-    (root / "class_dict.csv").write_text(table)
+            ids, left = np.zeros((90, 120), int), rng.integers(0, 80)  # a blue car on a grey road under green hills
+            ids[40:] = 1
+            ids[50:70, left:left + 35] = 2
+            image = rng.normal(looks[ids], 10).clip(0, 255).astype(np.uint8)
+            save(tmp_path / "mydata" / split / f"street {i}.jpg", image, quality=95)
+            save(tmp_path / "mydata" / f"{split}_labels" / f"street {i}.png", palette[ids])
+    (tmp_path / "mydata" / "class_dict.csv").write_text(table)
     parser = train.get_args_parser()
     parser.set_defaults(crop_size=[96])
     monkeypatch.setattr(train, "get_args_parser", lambda: parser)
@@ -99,7 +92,5 @@ def test_own_data_from_images_to_a_model(tmp_path, call, monkeypatch):
         program, *flags = shlex.split(line, comments=True)
         assert program == "python" and call(*(flags[1:] if flags[0] == "-m" else flags))[0] == 0, line
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["miou"] > 0.8 and [entry["name"] for entry in metrics["per_class"]] == ["Background", "Road", "Car"]
-    assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
-    mask, label = opened(tmp_path / "predictions" / "street 0_mask.png"), opened(root / "val_labels" / "street 0.png")
-    assert (np.array(mask.convert("RGB")) == np.array(label)).all(-1).mean() > 0.9
+    assert metrics["miou"] > 0.8 and [entry["name"] for entry in metrics["per_class"]] == [*names]
+    assert (np.array(opened(tmp_path / "predictions" / "street 1_mask.png")) == ids).mean() > 0.9

@@ -11,21 +11,17 @@ IDS = np.random.default_rng(0).permutation(17 * 33).reshape(17, 33) % 12
 IMAGE = np.random.default_rng(1).integers(0, 256, (17, 33, 3), np.uint8)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_mask_holds_ids_and_shows_colours(tmp_path, kind):
-    mask_image(IDS.astype(kind), CAMVID).save(tmp_path / "mask.png")
+def test_mask_holds_ids_and_shows_colours(tmp_path):
+    mask_image(IDS, CAMVID).save(tmp_path / "mask.png")
     image = opened(tmp_path / "mask.png")
-    assert image.mode == "P" and image.size == (33, 17) and (np.asarray(image) == IDS).all()
-    assert (np.array(image.getpalette()).reshape(-1, 3)[:12] == PALETTE).all()
+    assert image.mode == "P" and (np.asarray(image) == IDS).all()
     assert (np.asarray(image.convert("RGB")) == PALETTE[IDS]).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_overlay_blends_image_and_colours(alpha):
     image = overlay_image(IMAGE, IDS, CAMVID, alpha)
-    expected = (1 - alpha) * IMAGE.astype(float) + alpha * PALETTE[IDS]
-    assert image.mode == "RGB" and image.size == (33, 17)
-    np.testing.assert_allclose(np.asarray(image), expected, atol=0 if alpha in (0, 1) else 1)
+    np.testing.assert_allclose(np.asarray(image), (1 - alpha) * IMAGE + alpha * PALETTE[IDS], atol=alpha % 1 > 0)
 
 
 def test_panel_shows_image_mask_and_prediction_side_by_side():
@@ -38,24 +34,21 @@ def test_panel_shows_image_mask_and_prediction_side_by_side():
 
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_curves(tmp_path, epochs):
-    def colored_share(rows: list[dict]) -> float:
-        """The share of the picture's pixels that are neither white nor grey."""
-        save_curves(rows, tmp_path / "curves.png")
-        assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-        rgb = np.asarray(opened(tmp_path / "curves.png").convert("RGB")).astype(int)
-        assert min(rgb.shape[:2]) > 200
-        return float((rgb.max(2) - rgb.min(2) > 40).mean())
-
-    rows = [{"epoch": i, "train_loss": 2 / i, "val_loss": 3 / i, "val_miou": i / 40, "lr": 0.1 / i}
+    """NaN draws nothing. Epochs without a validation have no scores, and the curve joins the others."""
+    rows = [{"epoch": i, "train_loss": 2 / i, "lr": 0.1 / i, "val_loss": 3 / i, "val_miou": i / 40}
             for i in range(1, epochs + 1)]
-    flat = colored_share([{**row, "val_miou": float("nan"), "val_loss": float("nan")} for row in rows])
-    assert colored_share(rows) > flat > 0
-    # Epochs without a validation have no scores: the curve joins the others.
-    sparse = [row if i % 3 else {"epoch": row["epoch"], "train_loss": 1.0, "lr": 0.1} for i, row in enumerate(rows)]
-    assert epochs == 1 or colored_share(sparse) > 1.2 * flat
+    without = [row | {"val_loss": np.nan, "val_miou": np.nan} for row in rows]
+    sparse = [row if i % 3 else dict([*row.items()][:3]) for i, row in enumerate(rows)]
+    colored = []  # the shares of the pictures that are neither white nor grey
+    for history in (rows, without, sparse):
+        save_curves(history, tmp_path / "curves.png")
+        rgb = np.asarray(opened(tmp_path / "curves.png").convert("RGB")).astype(int)
+        colored.append((np.ptp(rgb, axis=2) > 40).mean())
+    assert colored[0] > colored[1] > 0 and len(list(tmp_path.iterdir())) == 1
+    assert epochs == 1 or colored[2] > 1.2 * colored[1]
 
 
-def test_legend_names_every_scored_class_in_its_corner():
+def test_legend_names_every_scored_class_in_its_corner_or_is_left_out():
     image = np.array(draw_legend(Image.new("RGB", (480, 360), (10, 200, 10)), CAMVID))
     changed = (image != (10, 200, 10)).any(-1)
     rows, columns = np.nonzero(changed)
@@ -63,9 +56,6 @@ def test_legend_names_every_scored_class_in_its_corner():
     blended = np.array([10, 200, 10]) * 0.2 + PALETTE[1:] * 0.8
     near = np.abs(image[changed][:, None].astype(float) - blended).max(-1).min(0)  # by class
     assert (near <= 1).all(), near
-
-
-@pytest.mark.parametrize("size", [(480, 80), (60, 360), (1, 1)])
-def test_legend_that_would_not_be_legible_is_left_out(size):
-    image = Image.new("RGB", size, (10, 200, 10))
-    assert (np.array(draw_legend(image.copy(), CAMVID)) == np.array(image)).all()
+    for size in ((480, 80), (60, 360), (1, 1)):  # too small to be legible
+        image = Image.new("RGB", size, (10, 200, 10))
+        assert (np.array(draw_legend(image.copy(), CAMVID)) == np.array(image)).all()
