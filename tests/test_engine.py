@@ -13,6 +13,7 @@ from inference.predictor import Predictor
 from loss import SegmentationLoss
 from metric import SegmentationMetric
 from model import build_model
+from support.device import select_amp_dtype
 from training.distributed import replicate
 from training.engine import NonFiniteLoss, train_one_epoch, validate
 from training.recipe import WeightAverage, build_optimizer, build_scheduler
@@ -158,24 +159,27 @@ def test_validate_scores_at_the_masks_size(ignore_index):
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of settings that would be faster
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kind,dtype", [("plain", torch.bfloat16), ("plain", torch.float16),
-                                        ("compiled", torch.bfloat16), ("replicated", None)])
-def test_training_steps_on_a_gpu(tmp_path, kind, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA"))])
+@pytest.mark.parametrize("kind,amp", [("plain", "bf16"), ("plain", "fp16"), ("compiled", "bf16"), ("ddp", "off")])
+def test_training_steps_in_mixed_precision_compiled_and_replicated(tmp_path, kind, amp, device):
+    if device == "cpu" and kind != "plain":
+        pytest.skip("compiling takes minutes; two CPU processes are in test_distributed")
     torch.manual_seed(0)
-    device = torch.device("cuda:0")
+    device = torch.device(device)
+    dtype = select_amp_dtype(amp, device)
     model = build_model("unet", 12, width=8).to(device, memory_format=torch.channels_last)
     before, network = model.classifier.weight.clone(), model
-    if kind == "replicated":
+    if kind == "ddp":
         dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
         network = replicate(model, device)
         assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules())
     elif kind == "compiled":
         network.compile()
     batches = [(torch.randn(2, 3, 64, 96), torch.randint(0, 12, (2, 64, 96))) for _ in range(2)]
-    scaler = torch.amp.GradScaler("cuda", 2.0**10, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, 2.0**10, enabled=dtype == torch.float16)
     row = train(network, batches, 1.0, scaler, device, SegmentationLoss(0, dice=True), amp_dtype=dtype, clip_grad=1.0)
-    if kind == "replicated":
+    if kind == "ddp":
         dist.destroy_process_group()
     assert 0 < row["train_loss"] < 20
     assert model.classifier.weight.isfinite().all() and not torch.equal(model.classifier.weight, before)

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from datasets.synthetic import generate_scene
 from inference.predictor import Predictor, fold_batch_norm, predict_stream
 from model import MODEL_NAMES, build_model
+from training.checkpoints import SHIPPED, load_predictor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -126,3 +128,10 @@ def test_folded_batch_norms_change_no_logit(name):
         expected = model(images)
         torch.testing.assert_close(fold_batch_norm(model)(images), expected)
     assert len(norms()) == (2 if model is loose else 0)
+
+
+def test_mixed_precision_on_a_cpu_changes_few_pixels():
+    scene = np.array(generate_scene(0, 480, 360)[0])
+    plain, *mixed = (load_predictor(SHIPPED, amp_dtype=dtype)[0].predict([scene])
+                     for dtype in (None, torch.bfloat16, torch.float16))
+    assert all(0 < (ids != plain).mean() < 0.01 for ids in mixed)
