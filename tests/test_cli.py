@@ -109,10 +109,11 @@ def test_the_tutorials_commands(scenes, tmp_path, call):
     assert (flags["lr"], flags["momentum"], flags["weight_decay"], flags["gamma"]) == (0.01, 0.9, 5e-4, 0.1)
     image = min((scenes / "test").iterdir())
     predict = "predict.py", "--image_dir", image, "--checkpoint", "C/unet_best.pth", "--save_dir"
-    for i, overlay in enumerate(("--overlay False", "--no-overlay", "", "--overlay True", "--overlay")):
+    for i, overlay in enumerate(("--overlay False", "--overlay no", "--overlay 0", "--no-overlay", "", "--overlay yes",
+                                 "--overlay True", "--overlay")):
         status, out, _ = call(*predict, f"S{i}", *overlay.split())
         assert status == 0 and "unet_best.pth on 1 image\n" in out
-        names = {f"{image.stem}_mask.png"} | ({f"{image.stem}_overlay.png"} if i > 1 else set())
+        names = {f"{image.stem}_mask.png"} | ({f"{image.stem}_overlay.png"} if i > 3 else set())
         assert {path.name for path in (tmp_path / f"S{i}").iterdir()} == names
 
 

@@ -38,8 +38,8 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-# A command, what shows that it is at work (a file that it wrote, a worker process, or that it has an image open just
-# now), and the signal: Ctrl-C reaches loader processes too, SIGTERM the command alone.
+# A command, what shows that it is at work (a file that it wrote, both workers, because importing starts a process too,
+# or that it has an image open just now), and the signal: Ctrl-C reaches workers too, SIGTERM the command alone.
 @needs_proc
 @pytest.mark.parametrize("typed, at_work, number", [
     (f"train.py --data_root SCENES {' '.join(map(str, SMALL))} --epochs 10000 --workers 1",
@@ -47,7 +47,7 @@ def wait_for(condition) -> None:
     ("predict.py --image_dir MANY/val --save_dir out",
      lambda cwd, proc: len(list(cwd.glob("out/*"))) > 20, signal.SIGTERM),
     ("evaluate.py --data_root MANY --workers 2",
-     lambda cwd, proc: any(path.read_text() for path in proc.glob("task/*/children")), signal.SIGINT),
+     lambda cwd, proc: sum(len(path.read_text().split()) for path in proc.glob("task/*/children")) == 2, signal.SIGINT),
     ("datasets.check --data_root MANY",
      lambda cwd, proc: any("/many" in os.path.realpath(path) for path in proc.glob("fd/*")), signal.SIGTERM),
     ("datasets.synthetic --out out --size 96 72 --train 100000",
@@ -56,7 +56,7 @@ def test_a_signal_leaves_what_is_finished_and_nothing_else(scenes, many, tmp_pat
     words = [word.replace("SCENES", str(scenes)).replace("MANY", str(many)) for word in typed.split()]
     process = start(*words, cwd=tmp_path)
     wait_for(lambda: at_work(tmp_path, Path(f"/proc/{process.pid}")))
-    time.sleep(0.1)
+    time.sleep(0.5)  # for workers to have started
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, err = finish(process, 128 + number)
     assert err.count("\n") == (4 if "train.py" in typed else 1), err

@@ -25,27 +25,27 @@ def test_overlay_blends_image_and_colours(alpha):
 
 
 def test_panel_shows_image_mask_and_prediction_side_by_side():
-    large = np.full((34, 66), 4)  # a mask of twice the size
+    large = np.kron(IDS, np.ones((2, 2), int))  # a mask of twice the size
     panel = np.asarray(panel_image([(IMAGE, IDS, IDS[::-1]), (IMAGE[::-1].copy(), large, IDS)], CAMVID))
     first = IMAGE, PALETTE[IDS], PALETTE[IDS[::-1]]
-    second = IMAGE[::-1], PALETTE[large[:17, :33]], PALETTE[IDS]
+    second = IMAGE[::-1], PALETTE[IDS], PALETTE[IDS]
     np.testing.assert_array_equal(panel, np.vstack([np.hstack(first), np.hstack(second)]))
 
 
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_curves(tmp_path, epochs):
-    """NaN draws nothing. Epochs without a validation have no scores, and the curve joins the others."""
+    """Each draws something, but not where it is NaN. Epochs without a validation have no scores: the curve goes on."""
     rows = [{"epoch": i, "train_loss": 2 / i, "lr": 0.1 / i, "val_loss": 3 / i, "val_miou": i / 40}
             for i in range(1, epochs + 1)]
-    without = [row | {"val_loss": np.nan, "val_miou": np.nan} for row in rows]
     sparse = [row if i % 3 else dict([*row.items()][:3]) for i, row in enumerate(rows)]
+    without = [[row | {key: np.nan} for row in rows] for key in ("train_loss", "lr", "val_loss", "val_miou")]
     colored = []  # the shares of the pictures that are neither white nor grey
-    for history in (rows, without, sparse):
+    for history in (rows, sparse, *without):
         save_curves(history, tmp_path / "curves.png")
         rgb = np.asarray(opened(tmp_path / "curves.png").convert("RGB")).astype(int)
         colored.append((np.ptp(rgb, axis=2) > 40).mean())
-    assert colored[0] > colored[1] > 0 and len(list(tmp_path.iterdir())) == 1
-    assert epochs == 1 or colored[2] > 1.2 * colored[1]
+    assert colored[0] > max(colored[2:]) and len(list(tmp_path.iterdir())) == 1
+    assert epochs == 1 or colored[1] > 0.9 * colored[0]
 
 
 def test_legend_names_every_scored_class_in_its_corner_or_is_left_out():
@@ -54,8 +54,8 @@ def test_legend_names_every_scored_class_in_its_corner_or_is_left_out():
     rows, columns = np.nonzero(changed)
     assert rows.min() > 150 and columns.max() < 200 and 0.05 < changed.mean() < 0.3
     blended = np.array([10, 200, 10]) * 0.2 + PALETTE[1:] * 0.8
-    near = np.abs(image[changed][:, None].astype(float) - blended).max(-1).min(0)  # by class
-    assert (near <= 1).all(), near
+    swatches = (np.abs(image[changed][:, None] - blended).max(-1) <= 1).sum(0)  # pixels by class
+    assert (swatches > 50).all(), swatches
     for size in ((480, 80), (60, 360), (1, 1)):  # too small to be legible
         image = Image.new("RGB", size, (10, 200, 10))
         assert (np.array(draw_legend(image.copy(), CAMVID)) == np.array(image)).all()
