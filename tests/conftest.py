@@ -3,6 +3,7 @@ import csv
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image
 from datasets.synthetic import generate_dataset
 from support.command import run_command
 
+# A shell starts background jobs with Ctrl-C ignored, and the commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REPO = Path(__file__).resolve().parents[1]
 # A training of seconds.
 SMALL = ("--width", 4, "--crop_size", 64, "--batch_size", 2, "--epochs", 2, "--step_size", 1, "--device", "cpu",
@@ -94,7 +97,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
     """Start a command in a process of its own; ``datasets.check`` and the like by ``python -m``."""
     # Newer Pythons warn of every fork of a process with threads, as torch's loader workers are made.
-    warnings = "-W", "error", "-W", "ignore:This process:DeprecationWarning"
+    # An interrupted command may leave a file to the interpreter.
+    warnings = "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-W", "ignore::ResourceWarning"
     program = ("-m", script) if script.startswith("datasets.") else (REPO / script,)
     return subprocess.Popen([sys.executable, *warnings, *map(str, (*program, *args))], cwd=cwd, text=True,
                             start_new_session=True, env=os.environ | {"PYTHONPATH": str(REPO)},

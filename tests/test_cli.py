@@ -115,6 +115,7 @@ def test_the_tutorials_commands(scenes, tmp_path, call):
         assert status == 0 and "unet_best.pth on 1 image\n" in out
         names = {f"{image.stem}_mask.png"} | ({f"{image.stem}_overlay.png"} if i > 3 else set())
         assert {path.name for path in (tmp_path / f"S{i}").iterdir()} == names
+    assert call(*predict, "S0", "--skip_existing")[0] == 0 and len(list((tmp_path / "S0").iterdir())) == 2
 
 
 def test_max_side_scores_and_predicts_at_the_masks_own_size(scenes, tmp_path, call):

@@ -118,7 +118,7 @@ def test_a_vanished_folder_or_a_lost_loss_end_training_in_one_line(scenes, tmp_p
 
     status, _, err = train_until(monkeypatch, call, scenes, 1, lose)
     assert status == 1 and err.count("\n") == 1 and "in epoch 1, step 2, with " in err
-    assert sum(path.name in err for path in (scenes / "train").iterdir()) == 2
+    assert [i for i, path in enumerate(sorted((scenes / "train").iterdir())) if path.name in err] == [0, 2]
     status, _, err = train_until(monkeypatch, call, scenes, 2, lambda: shutil.rmtree(tmp_path / "checkpoint"))
     assert status == 1 and "train.py: error: checkpoint/unet_" in err and "cannot be written" in err
 
@@ -158,6 +158,7 @@ def test_a_full_and_a_read_only_disk_keep_the_last_checkpoint(scenes, tmp_path):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     weights, full, read_only = [line for line in done.stderr.splitlines() if "error: disk/run" in line]
     assert ".pth: cannot be written" in weights and "No space left" in full and "Read-only" in read_only
+    assert done.stderr.count("warning: disk/run/unet_log.csv") == 2, "a log that cannot be written stops no training"
 
 
 @needs_proc
