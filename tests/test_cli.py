@@ -89,16 +89,20 @@ def test_without_tensorboard_one_line_says_what_to_install(scenes, call, monkeyp
     assert status == 2 and "pip install tensorboard" in err
 
 
-def test_resuming_in_another_folder_sets_aside_what_is_there_and_starts_its_own_best(trained, scenes, tmp_path, call):
-    state = load(trained)
+def test_a_resume_in_another_folder_starts_its_own_best_and_in_the_same_keeps_it(trained, scenes, tmp_path, call):
+    state, best = load(trained), (trained / "checkpoint" / "unet_best.pth").read_bytes()
     state["training"]["best_miou"] = 0.99  # out of reach for what follows
     torch.save(state, tmp_path / "elsewhere.pth")
     (folder := tmp_path / "checkpoint").mkdir()
-    (folder / "unet_best.pth").write_bytes(b"precious")
+    (folder / "unet_best.pth").write_bytes(best)
     status, out, _ = call("train.py", "--data_root", scenes, *SMALL, "--epochs", 3, "--resume", "elsewhere.pth")
     assert status == 0 and "resumed after epoch 2" in out and "moved the earlier run" in out
-    assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_best.pth")] == [b"precious"]
+    assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_best.pth")] == [best]
     assert 0.5 > load(tmp_path)["training"]["best_miou"] == pytest.approx(load(tmp_path, "best")["scores"]["miou"])
+    torch.save(state, folder / "unet_last.pth")
+    (folder / "unet_best.pth").write_bytes(best)
+    assert call("train.py", "--data_root", scenes, *SMALL, "--epochs", 3, "--resume", "auto")[0] == 0
+    assert load(tmp_path)["training"]["best_miou"] == 0.99 and (folder / "unet_best.pth").read_bytes() == best
 
 
 def test_the_tutorials_commands(scenes, tmp_path, call):
