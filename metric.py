@@ -37,14 +37,20 @@ class SegmentationMetric:
             raise ValueError(f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
         if pred.is_floating_point() or mask.is_floating_point():
             raise ValueError("predictions and masks must be integer class ids, not scores")
-        pred, mask = pred.flatten().long(), mask.flatten().to(pred.device).long()
-        rows = mask.clamp(-1, self.num_classes)
+        rows, columns = self._shifted(mask.to(pred.device)), self._shifted(pred)
         if self.ignore_index is not None and not self.ignores_a_class:
-            rows.masked_fill_(mask == self.ignore_index, self.num_classes + 1)
-        code = rows.add_(1).mul_(self.counts.shape[1]).add_(pred.clamp(-1, self.num_classes)).add_(1)
-        self.counts = self.counts.to(pred.device)
-        # Not bincount, which on a GPU waits for the largest code.
-        self.counts.view(-1).scatter_add_(0, code, torch.ones_like(code))
+            rows.masked_fill_(mask.to(pred.device) == self.ignore_index, self.num_classes + 2)
+        code = rows.mul_(self.counts.shape[1]).add_(columns).flatten()
+        counts = self.counts = self.counts.to(pred.device)
+        if pred.device.type == "cpu":
+            counts += torch.bincount(code, minlength=counts.numel()).view_as(counts)
+        else:  # bincount would wait for the largest code
+            counts.view(-1).scatter_add_(0, code.long(), torch.ones_like(code, dtype=torch.int64))
+
+    def _shifted(self, ids: Tensor) -> Tensor:
+        """A copy with ids + 1, illegal ones 0 or num_classes + 1, in the smallest type that holds every code."""
+        dtype = torch.uint8 if self.counts.numel() <= 256 else torch.int32
+        return ids.clamp(-1 if ids.dtype.is_signed else 0, self.num_classes).to(dtype, copy=True).add_(1)
 
     def confusion_matrix(self) -> np.ndarray:
         """(C, C) int64: pixels by the mask's id (row) and the predicted one (column).

@@ -5,6 +5,7 @@
     python train.py --data_root data/CamVid                    on a GPU
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """
+import copy
 import shlex
 import sys
 import time
@@ -16,13 +17,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.cache import FrameCache
+from datasets.cache import FrameCache, cache_bytes
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
-from inference.predictor import TILE, Predictor
+from inference.predictor import TILE, Predictor, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
 from model import MODEL_NAMES, build_model
@@ -35,6 +36,7 @@ from training.monitor import Monitor
 from training.recipe import WeightAverage, add_recipe_flags, build_optimizer, build_scheduler, resolve_recipe
 from training.run import RunFiles, TrainingState
 
+CACHE_LIMIT = 2 << 30  # bytes of decoded images
 # The demo has three minutes on two CPU cores: small images, many small steps, a schedule that ends in time.
 DEMO_SCENES, DEMO_SIZE = {"train": 300, "val": 40, "test": 8}, (192, 144)
 DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 8, "epochs": 12,
@@ -57,13 +59,11 @@ def get_args_parser() -> Parser:
     add("--init_from", type=Path, metavar="FILE", help="start from these weights alone")
     add("--val_every", type=number(int, 1), metavar="EPOCHS",
         help="epochs between validations; by default 1, in long runs a 25th of --epochs")
-    add("--cache", type=Path, nargs="?", const=Path("checkpoint/cache"), metavar="DIR",
-        help="decode every image once, into a file in DIR (checkpoint/cache) that later runs use too")
     add("--workers", type=number(int, 0, 1024), help="data loader processes; by default what suits the machine")
     add("--tensorboard", action="store_true", help="log for TensorBoard too, into --checkpoint")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
-        help="mixed precision; auto: on CUDA alone; bf16 is twice as fast on CPUs with AVX512-BF16 or AMX too")
+        help="mixed precision; auto: on CUDA, and bf16 on CPUs that multiply it, with AVX512-BF16 or AMX")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     add("--deterministic", action="store_true", help="repeatable kernels, slower on a GPU")
@@ -91,13 +91,24 @@ def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.devi
     train_set = CamVidDataset(args.data_root, "train", classes, transform, args.label_format, args.max_side or 0)
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.max_side or 0,
                             native_masks=True)
-    for dataset, split in ((train_set, "train"), (val_set, "val")) if args.cache else ():
-        dataset.cache = FrameCache(args.cache, split, dataset)
     sampler = EpochSampler(len(train_set), args.seed, distributed.rank(), distributed.world_size())
     val_batch = min(4, args.batch_size) if len(sizes) == 1 and max(map(max, sizes)) <= TILE else 1
     val_share = range(distributed.rank(), len(val_set), distributed.world_size())  # each image once, in one process
-    return (DataLoader(train_set, args.batch_size, sampler=sampler, **common),
+    whole_batches = len(train_set) >= args.batch_size * distributed.world_size()  # of one shape, to be compiled once
+    return (DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=whole_batches, **common),
             DataLoader(val_set, val_batch, sampler=val_share, **common))
+
+
+def cache_frames(files: RunFiles, datasets: list[Any], reports: dict[str, SplitReport],
+                 max_side: int) -> list[FrameCache]:
+    """Decode every image once, into files of the run, where they are small enough; else in every epoch."""
+    sizes = [cache_bytes(report.sizes, max_side) for report in reports.values()]
+    if sum(sizes) > CACHE_LIMIT:
+        return []
+    with distributed.main_process_first():
+        for split, dataset, size in zip(reports, datasets, sizes):
+            dataset.cache = FrameCache(files.path(f"{split}.frames"), dataset, size)
+    return [dataset.cache for dataset in datasets]
 
 
 def build_network(args, num_classes: int) -> nn.Module:
@@ -145,6 +156,7 @@ def main(args) -> int:
     weight = class_weights(args.class_weights, torch.from_numpy(reports["train"].pixels[: len(classes)]),
                            classes.ignore_index)
     loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)
+    caches = cache_frames(files, [train_loader.dataset, val_loader.dataset], reports, args.max_side or 0)
     try:
         fit(args, state, config, files, classes, train_loader, val_loader, loss_fn, device, amp_dtype)
     except NonFiniteLoss as error:
@@ -152,6 +164,9 @@ def main(args) -> int:
     except (KeyboardInterrupt, Terminated):
         print(f"\nstopped; {resume_hint(files)}", file=sys.stderr)
         raise
+    finally:
+        for cache in caches:
+            cache.remove()
     distributed.end_processes()
     print_end(args, files, classes)
     return 0
@@ -196,6 +211,7 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
                               after_update=state.after_update, description=f"epoch {epoch}/{args.epochs}")
         if epoch % args.val_every == 0 or epoch == args.epochs:
             distributed.share_buffers(state.scored_model)
+            predictor.model = fold_batch_norm(copy.deepcopy(state.scored_model))  # what predict.py will run
             scores = validate(predictor, val_loader, metric)
             row |= {f"val_{key}": scores[key] for key in ("loss", "miou", "pixel_accuracy")}
         best = state.record(row)

@@ -52,14 +52,14 @@ def quality(args) -> Iterator[Row]:
     """Minutes that train.py itself needs, start and validation included, on CamVid's own images."""
     if DEVICE.type == "cuda" or len(CamVidDataset(args.data_root, "train", CAMVID)) < 300:
         return
-    flags = ["--width", "16", "--scheduler", "onecycle", "--cache", str(args.scratch / "frames")]
+    flags = ["--width", "16", "--scheduler", "onecycle"]
     started, goals = time.perf_counter(), [0.30, 0.50, 0.65]
     process = subprocess.Popen([sys.executable, "train.py", "--data_root", str(args.data_root), *flags, "--checkpoint",
                                 str(args.scratch / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout or ():
         score = float(line.split("mIoU")[1].split()[0]) if "val loss" in line else 0.0
         while goals and score >= goals[0]:
-            yield Row(f"train.py {' '.join(flags[:5])}: to val mIoU {goals.pop(0):.2f}",
+            yield Row(f"train.py {' '.join(flags)}: to val mIoU {goals.pop(0):.2f}",
                       (time.perf_counter() - started) / 60, "min")
         if not goals:
             process.send_signal(signal.SIGTERM)

@@ -24,6 +24,13 @@ def mask_to_ids(rgb: np.ndarray) -> np.ndarray:
     return ids
 
 
+def confusion_matrix(pred: np.ndarray, mask: np.ndarray, classes: int = 12) -> np.ndarray:
+    """(C, C) pixels by the mask's id and the predicted one, as in the FCN reference code."""
+    legal = (mask >= 0) & (mask < classes)
+    code = classes * mask[legal].astype(int) + pred[legal]
+    return np.bincount(code, minlength=classes**2).reshape(classes, classes)
+
+
 class PlainDataset:
     """Random scale, crop, flip, jitter and normalisation by torchvision's transforms."""
 

@@ -1,58 +1,77 @@
-"""Decoded images and masks in one file, which all data loader workers map into memory and share."""
-import hashlib
+"""Decoded images and masks in a file of the run, which all data loader workers map into memory and share."""
+import contextlib
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasets.camvid import CamVidDataset
-from support.command import progress
-from support.files import atomic_path, make_folder, remove_file
+from support.command import is_main_process, progress
+from support.images import limited_size
 
 
 class FrameCache:
-    """What ``dataset.read`` returns, decoded once for this run and later ones: one file of uint8 pixels per split.
+    """What ``dataset.read`` returns, decoded once into the file ``path``: set it as the dataset's ``cache``.
 
-    The file's name ends in the `fingerprint` of the dataset. Making a new cache removes the split's older ones.
-    Raises UserError if the folder cannot be created, RunError if the files cannot be written.
+    The first process writes the file, an index before the pixels. Where the disk has not twice ``size`` bytes free or
+    refuses it, or somebody removes the file, samples are read from their own files as before.
     """
 
-    def __init__(self, folder: Path, split: str, dataset: CamVidDataset):
-        self.path = make_folder(folder) / f"{split}_{fingerprint(dataset)}.bin"
-        index = self.path.with_suffix(".npy")  # written last: if it is there, the pixels are complete
-        if not (index.is_file() and self.path.is_file()):
-            # Hidden files are what a killed run was writing.
-            for stale in (path for dot in ("", ".") for path in folder.glob(f"{dot}{split}_{16 * '[0-9a-f]'}.*")):
-                remove_file(stale)
-            self._write(index, split, dataset)
-        self.index = np.load(index)  # (N, 5): offset in bytes, height and width of the image, of the mask
+    def __init__(self, path: Path, dataset: CamVidDataset, size: int = 0):
+        self.path, self.dataset = path, dataset
+        self._index: Any = None  # (N, 5) int64: offset in bytes, height and width of the image, of the mask
         self._pixels: Any = None  # the mapped file, opened in the process that reads it
+        if is_main_process():
+            try:
+                if shutil.disk_usage(path.parent).free >= 2 * size:
+                    self._write()
+            except BaseException as error:
+                self.remove()
+                if not isinstance(error, OSError):
+                    raise
 
-    def _write(self, index: Path, split: str, dataset: CamVidDataset) -> None:
-        rows, offset = [], 0
-        with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
-            for i in progress(range(len(dataset)), desc=f"decoding {split}", unit="image"):
-                image, mask = dataset.read(i)
-                rows.append((offset, *image.shape[:2], *mask.shape))
-                offset += file.write(image.tobytes()) + file.write(mask.tobytes())
-        with atomic_path(index) as temporary:
-            np.save(temporary, np.array(rows, np.int64))
+    def _write(self) -> None:
+        index = np.zeros((len(self.dataset), 5), np.int64)
+        with (open(self.path, "wb") as file, ThreadPoolExecutor() as pool,
+              progress(total=len(index), desc="decoding", unit="image") as bar):
+            file.write(index.tobytes())
+            for i in range(len(index)):
+                if i % 64 == 0:  # few at a time, so that what is decoded does not fill the memory
+                    decoded = pool.map(self.dataset.read, range(i, min(i + 64, len(index))))
+                image, mask = next(decoded)
+                index[i] = file.tell(), *image.shape[:2], *mask.shape
+                file.write(image.tobytes() + mask.tobytes())
+                bar.update()
+            file.seek(0)
+            file.write(index.tobytes())
+
+    def remove(self) -> None:
+        """Remove the file, if this process wrote it."""
+        self._index = self._pixels = None  # Windows removes no file that is mapped
+        if is_main_process():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_pixels": None}  # pickled to a worker without the pixels
+        return self.__dict__ | {"_index": None, "_pixels": None}  # pickled to a worker without the pixels
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 image and (H', W') uint8 class ids, copies that may be changed."""
         if self._pixels is None:
-            self._pixels = np.memmap(self.path, np.uint8, "r")
-        start, height, width, mask_height, mask_width = self.index[i]
+            try:
+                self._pixels = np.memmap(self.path, np.uint8, "r")
+            except OSError:
+                return self.dataset.read(i)
+            self._index = self._pixels[:40 * len(self.dataset)].view(np.int64).reshape(-1, 5)
+        start, height, width, mask_height, mask_width = self._index[i]
         middle = start + 3 * height * width
         return (np.array(self._pixels[start:middle]).reshape(height, width, 3),
                 np.array(self._pixels[middle:middle + mask_height * mask_width]).reshape(mask_height, mask_width))
 
 
-def fingerprint(dataset: CamVidDataset) -> str:
-    """16 hex digits that change with the files' names, sizes and times, the classes, and how the files are read."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for pair in dataset.pairs for path in pair]
-    how = (dataset.classes, dataset.label_format, dataset.max_side, dataset.native_masks)
-    return hashlib.sha256(repr((files, how)).encode()).hexdigest()[:16]
+def cache_bytes(sizes: dict[tuple[int, int], int], max_side: int) -> int:
+    """How large a file can become. sizes: number of images by (height, width). max_side: as of the dataset."""
+    return sum(count * (3 * math.prod(limited_size(size, max_side)) + math.prod(size)) for size, count in sizes.items())

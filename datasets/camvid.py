@@ -121,7 +121,7 @@ class CamVidDataset(Dataset):
         self.classes, self.transform = classes, transform
         self.label_format = resolve_label_format(label_format, mask_dir, classes)
         self.max_side, self.native_masks = max_side, native_masks
-        self.cache: Any = None  # a FrameCache to read samples from instead of the files
+        self.cache: Any = None  # a FrameCache to read samples from instead
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -175,4 +175,5 @@ def add_inference_flags(parser: Parser) -> None:
     add("--tile", type=number(int, 64), default=TILE, metavar="PX", help="larger images go in overlapping tiles")
     add("--batch_size", type=number(int, 1), default=4, help="images of one size at a time")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="mixed precision; auto: on CUDA alone")
+    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="mixed precision; auto: on CUDA, "
+        "and bf16 on CPUs that multiply it")

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 
 import torch
 
@@ -34,15 +35,25 @@ def keep_freed_memory() -> None:
 
 
 def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, None for float32. ``auto``: on CUDA bf16 where the device has it, else fp16; else float32.
+    """The type for autocast, None for float32. ``auto``: bf16 where the hardware multiplies it, else fp16 on CUDA.
 
     Raises UserError where mixed precision is asked of a device that is neither CUDA nor a CPU.
     """
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "auto":
+        amp = {"cuda": "fp16"}.get(device.type, "off") if not multiplies_bf16(device) else "bf16"
+    elif amp == "bf16" and not multiplies_bf16(device):
+        print("--amp bf16 is emulated here, and slower than off", file=sys.stderr)
     if amp in ("fp16", "bf16") and device.type not in ("cuda", "cpu"):
         raise UserError(f"--amp {amp} needs CUDA or a CPU, this run is on {device.type}; use --amp auto or off")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16. ARM's CPUs are left out: nobody has timed a convolution there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

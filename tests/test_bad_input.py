@@ -108,7 +108,7 @@ def base(command: str, scenes: Path) -> list:
 
 # What is wrong for a flag whose type does not say it.
 WRONG = {"--data_root": "nowhere", "--image_dir": "nowhere", "--save_dir": "file", "--report": "file",
-         "--init_from": "nowhere.pth", "--resume": "nowhere.pth", "--cache": "file", "--num_classes": "5",
+         "--init_from": "nowhere.pth", "--resume": "nowhere.pth", "--num_classes": "5",
          "--device": "tpu", "--split": "dev", "--crop_size": "8", "--scale": "2 1"}
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PALETTE, REPO, SMALL, compare_per_class, load, opened, rows
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
 
 from datasets import synthetic
@@ -54,19 +56,19 @@ def test_the_printed_command_evaluates_to_the_score_of_training(trained, call):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::UserWarning:google")
 def test_a_run_in_two_parts_in_every_other_way_equals_a_plain_one(trained, scenes, tmp_path, call, monkeypatch):
-    """Stopped and resumed, with a cache, TensorBoard, scaled losses as in fp16, and then a loader process, started anew
+    """Stopped and resumed, with TensorBoard, scaled losses as in fp16, and then a loader process, started anew
     as on Windows and macOS; the data may lie on a disk that cannot be written.
     """
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     before = {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}
-    scaler, flags = torch.amp.GradScaler, (*SMALL, "--deterministic", "--cache", "--tensorboard", "--resume", "auto")
+    scaler, flags = torch.amp.GradScaler, (*SMALL, "--deterministic", "--tensorboard", "--resume", "auto")
     for epochs, started in ((1, None), (2, "spawn")):
         monkeypatch.setattr("train.DataLoader", functools.partial(DataLoader, multiprocessing_context=started))
         monkeypatch.setattr("torch.amp.GradScaler", lambda kind, enabled: scaler(kind, 4.0 * epochs))  # noqa: B023
         status, out, _ = call("train.py", "--data_root", scenes, *flags, "--epochs", epochs, "--workers", epochs - 1)
         assert status == 0 and ("resumed after epoch 1, " in out) == (epochs == 2)
     assert load(tmp_path)["training"]["scaler_state_dict"]["scale"] == 4
-    assert len(list((tmp_path / "checkpoint" / "cache").iterdir())) == 4
+    assert not list((tmp_path / "checkpoint").glob("*.frames")), "decoded frames go with the run"
     assert {path: path.stat().st_mtime_ns for path in scenes.rglob("*")} == before
     for key in ("model_state_dict", "ema_state_dict"):
         ours, plain = (load(folder)["training"][key] for folder in (tmp_path, trained))
@@ -81,6 +83,14 @@ def test_a_run_in_two_parts_in_every_other_way_equals_a_plain_one(trained, scene
     picture, panel = events.Images("image, mask, prediction")[-1], opened(tmp_path / "checkpoint" / "unet_panel.png")
     assert (picture.width, picture.height) == panel.size == (3 * 96, 2 * 72)  # two images are all there are
     assert (np.asarray(panel)[:72, :96] == np.asarray(opened(min((scenes / "val").iterdir())))).all()
+
+
+def test_compiled_training_has_one_graph(scenes, tmp_path, call, monkeypatch):
+    """Four images in batches of three: a smaller last batch would be compiled once more."""
+    graphs, compile_with = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compile_with(model, backend=graphs))
+    status, _, _ = call("train.py", "--data_root", scenes, *SMALL, "--batch_size", 3, "--compile")
+    assert status == 0 and graphs.frame_count == 1
 
 
 def test_without_tensorboard_one_line_says_what_to_install(scenes, call, monkeypatch):
@@ -143,9 +153,11 @@ def test_shipped_weights_score_what_their_card_says(camvid, tmp_path, call):
     assert (REPO / "checkpoint" / "camvid_unet.pth").stat().st_size < 25e6
     card = (REPO / "checkpoint" / "README.md").read_text()
     stated = [float(text) for text in re.search(r"^\| IoU \|(.+)\|$", card, re.M)[1].split("|")]
-    metrics = evaluate(call, tmp_path, "--data_root", camvid)
+    metrics = evaluate(call, tmp_path, "--data_root", camvid, "--amp", "off")
     assert [entry["iou"] for entry in metrics["per_class"]] == pytest.approx(stated, abs=0.002)
     assert f"{metrics['miou']:.3f}" == re.search(r"\*\*(0\.\d+)\*\*", card)[1] == "0.690"
+    in_bf16 = evaluate(call, tmp_path, "--data_root", camvid, "--amp", "bf16")
+    assert 0 < abs(metrics["miou"] - in_bf16["miou"]) < 0.002
 
 
 def test_predict_starts_without_what_only_training_needs():

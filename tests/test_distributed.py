@@ -20,7 +20,7 @@ from training.checkpoints import load_predictor
 from training.engine import validate
 
 # Four updates an epoch, with 2 + 2 images each. Each process saves its network in the second; then one dies.
-FLAGS = (*SMALL, "--val_every", 1, "--cache", "--resume", "auto")
+FLAGS = (*SMALL, "--val_every", 1, "--amp", "off", "--resume", "auto")
 DYING = """
 import os, runpy, torch, train, training.engine
 steps, update, rank = iter(range(1, 9)), training.engine.update, os.environ["RANK"]

@@ -103,9 +103,9 @@ def test_weight_average_follows_its_formula():
     for n in range(60):  # the decay reaches 0.8 after 35
         for name, tensor in model.state_dict().items():
             tensor.copy_(n if tensor.dtype == torch.int64 else torch.randn(tensor.shape))
-            keep = min(0.8, (1 + n) / (10 + n)) if tensor.is_floating_point() else 0
+            keep = min(0.8, (1 + n) / (10 + n)) if tensor.is_floating_point() else 1
             expected[name] = keep * expected[name] + (1 - keep) * tensor
-        average.update(model)
+        average.update()
     assert not average.module.training and not any(p.requires_grad for p in average.module.parameters())
     torch.testing.assert_close(average.module.state_dict(), expected, check_dtype=False)
 
@@ -164,7 +164,7 @@ def test_validate_scores_at_the_masks_size(ignore_index):
 @pytest.mark.parametrize("kind,amp", [("plain", "bf16"), ("plain", "fp16"), ("compiled", "bf16"), ("ddp", "off")])
 def test_training_steps_in_mixed_precision_compiled_and_replicated(tmp_path, kind, amp, device):
     if device == "cpu" and kind != "plain":
-        pytest.skip("compiling takes minutes; two CPU processes are in test_distributed")
+        pytest.skip("compiling takes minutes and is counted in test_cli; two CPU processes are in test_distributed")
     torch.manual_seed(0)
     device = torch.device(device)
     dtype = select_amp_dtype(amp, device)
@@ -183,3 +183,12 @@ def test_training_steps_in_mixed_precision_compiled_and_replicated(tmp_path, kin
         dist.destroy_process_group()
     assert 0 < row["train_loss"] < 20
     assert model.classifier.weight.isfinite().all() and not torch.equal(model.classifier.weight, before)
+
+
+@pytest.mark.parametrize("amp, feature, expected", [
+    ("auto", "avx512_bf16", torch.bfloat16), ("auto", "amx_bf16", torch.bfloat16), ("auto", "avx2", None),
+    ("bf16", "avx2", torch.bfloat16), ("fp16", "avx2", torch.float16), ("off", "amx_bf16", None)])
+def test_a_cpu_computes_in_bf16_where_it_multiplies_it(amp, feature, expected, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {feature: True, "cpu_name": "x"})
+    assert select_amp_dtype(amp, torch.device("cpu")) == expected
+    assert ("emulated" in capsys.readouterr().err) == (amp == "bf16")

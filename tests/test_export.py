@@ -37,7 +37,7 @@ def test_the_documented_example_writes_predicts_mask_without_torch(exported, cal
     code = f"{example}\nimport sys\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Road" in done.stdout, done.stderr
-    assert call("predict.py", "--image_dir", "photo.jpg", "--save_dir", "out", "--device", "cpu", cwd=exported)[0] == 0
+    assert call("predict.py", "--image_dir", "photo.jpg", "--save_dir", "out", "--amp", "off", cwd=exported)[0] == 0
     ours, theirs = opened(exported / "mask.png"), opened(exported / "out" / "photo_mask.png")
     assert (np.asarray(ours) == np.asarray(theirs)).mean() > 0.999
     assert ours.convert("RGB").getpixel((60, 80)) == theirs.convert("RGB").getpixel((60, 80))
@@ -74,7 +74,7 @@ def test_half_precision_predicts_the_same_without_this_machines_paths(trained, s
     assert call("export.py", "--out", "model.pth", "--checkpoint", best)[0] == 0
     state, before = (torch.load(path, weights_only=True) for path in (tmp_path / "model.pth", best))
     assert {tensor.dtype for tensor in state["state_dict"].values()} == {torch.float16, torch.int64}
-    local = {"data_root", "checkpoint", "resume", "init_from", "cache", "workers", "device"}
+    local = {"data_root", "checkpoint", "resume", "init_from", "workers", "device"}
     kept = {key: value for key, value in before["config"]["train"].items() if key not in local}
     assert state["config"] == {**before["config"], "train": kept} and str(state["scores"]) == str(before["scores"])
     images = [np.array(opened(path)) for path in sorted((scenes / "train").iterdir())]
@@ -101,7 +101,7 @@ def test_masks_of_the_shipped_network_equal_those_of_the_plain_loop(tmp_path, ca
     images.mkdir()
     for i, size in enumerate([(160, 120), (160, 120), (160, 120), (90, 131), (33, 20)]):
         generate_scene(i, *size)[0].save(images / f"{i}.png")
-    status, out, _ = call("predict.py", "--image_dir", images, "--save_dir", "ours", "--device", "cpu")
+    status, out, _ = call("predict.py", "--image_dir", images, "--save_dir", "ours", "--amp", "off")
     assert status == 0 and "camvid_unet.pth on 5 images" in out
     references.predict(SHIPPED, images, tmp_path / "plain", "cpu")
     for path in (tmp_path / "plain").iterdir():

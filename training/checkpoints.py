@@ -19,7 +19,7 @@ from support.files import atomic_path
 FORMAT = 2
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "camvid_unet.pth"
 CONFIG_KEYS = ("model", "classes", "normalize", "train")
-LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "cache", "workers", "device")
+LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "device")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -61,8 +61,8 @@ def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def build_scheduler(name: str, optimizer: Optimizer, lr: float, total_steps: int, step_size: int, gamma: float):
@@ -86,11 +86,13 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
+        # The tensors themselves; not batch norm's counters, which nothing reads.
+        self.averages, self.values = ([tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+                                      for module in (self.module, model))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Move the average towards the network's present weights."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for old, new in zip(self.module.state_dict().values(), model.state_dict().values()):
-            old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
+        torch._foreach_lerp_(self.averages, self.values, 1 - keep)

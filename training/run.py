@@ -60,7 +60,7 @@ class TrainingState:
     def after_update(self) -> None:
         """Move the average towards the present weights."""
         if self.ema:
-            self.ema.update(self.model)
+            self.ema.update()
 
     def state_dict(self) -> dict:
         """Plain types and tensors for a checkpoint."""
