@@ -1,0 +1,56 @@
+"""Train without one of CamVid's drives and score on it: what a recipe is worth on a street that was never seen.
+
+    python benchmarks/drives.py --data_root data/CamVid --out runs/plain --seeds 0 1 2 -- --width 16 --epochs 60
+
+What follows ``--`` goes to train.py. Stopped and started again, it goes on. Each score is the last epoch's, so that nothing
+is chosen on the drive that was left out; the frames of val are not used, they are neighbours of training frames.
+"""
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DRIVES = ("0006R0", "0001TP")  # day and dusk; without 0016E5 too few frames are left
+
+
+def link_frames(source: Path, target: Path, drive: str) -> Path:
+    """A data folder of links to the training frames: those of ``drive`` as val, the others as train."""
+    for kind in ("", "_labels"):
+        for path in sorted((source / f"train{kind}").iterdir()):
+            split = "val" if path.name.startswith(drive) else "train"
+            link = target / f"{split}{kind}" / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path.resolve())
+    return target
+
+
+def main(args) -> None:
+    print("| seed | left out | mIoU | IoU per class |\n|---|---|---|---|")
+    means = []
+    for seed in args.seeds:
+        scores = []
+        for drive in DRIVES:
+            data, run = link_frames(args.data_root, args.out / "data" / drive, drive), args.out / f"{drive}_{seed}"
+            subprocess.run([sys.executable, ROOT / "train.py", "--data_root", data, "--checkpoint", run, "--seed", str(seed),
+                            "--resume", "auto", *args.flags], check=True, stdout=sys.stderr)
+            last, = run.glob("*_last.pth")
+            scores.append(torch.load(last, weights_only=True)["scores"])
+            per_class = " ".join(f"{iou:.3f}" for iou in scores[-1]["iou"])
+            print(f"| {seed} | {drive} | {scores[-1]['miou']:.3f} | {per_class} |", flush=True)
+        means.append(mean(score["miou"] for score in scores))
+    spread = f" ± {stdev(means):.3f} (one standard deviation)" if len(means) > 1 else ""
+    print(f"mean mIoU of {len(means)} seeds: {mean(means):.3f}{spread}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_root", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the links and the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("flags", nargs="*", help="of train.py, after --")
+    main(parser.parse_args())
