@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from datasets.cache import FrameCache, cache_bytes
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
-from datasets.check import SplitReport, add_data_flags, check_data, stray_line
+from datasets.check import SplitReport, add_data_flags, check_data, class_line, stray_line
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
@@ -149,6 +149,7 @@ def main(args) -> int:
     prepare(args, files, state, config)
     for report in reports.values():
         print(f"{report.split}: {report.pairs} images" + (f"\n{stray_line(report)}" if report.stray else ""))
+    print(class_line(reports["train"], classes))
     print(f"{args.model} of width {args.width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
           f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
     if device.type == "cpu" and args.width > 32:

@@ -1,6 +1,7 @@
 """Check a data folder before training: names, sizes, colours, and that every file can be read. Lists all problems.
 
     python -m datasets.check --data_root data/CamVid
+    python -m datasets.check --data_root mydata --write_classes     a class_dict.csv of the masks' colours, to be named
 """
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets import camvid
-from datasets.classes import UNKNOWN, ClassSet
+from datasets.classes import CAMVID, UNKNOWN, ClassSet, table_of_masks
 from support.command import Parser, UserError, progress, run_command
+from support.files import write_file
 from support.images import open_image, read_image, to_rgb
 
 MAX_STRAY = 0.01  # of a mask's pixels may have an unknown colour; they count as void
@@ -27,6 +29,7 @@ class SplitReport:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     stray: dict[str, int] = field(default_factory=dict)  # mask -> pixels of unknown colour or id
     problems: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)  # the problems of masks with too many stray pixels
 
 
 def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto") -> SplitReport:
@@ -44,16 +47,20 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
             if isinstance(result, str):
                 report.problems.append(result)
                 continue
-            size, pixels, stray = result
+            size, pixels, stray, problem = result
             report.sizes[size] += 1
             report.pixels += pixels
-            if stray:
+            if problem:
+                report.unknown.append(problem)
+            elif stray:
                 report.stray[pair.mask.name] = stray
     return report
 
 
-def _check_pair(pair: camvid.Pair, classes: ClassSet, label_format: str) -> tuple[tuple, np.ndarray, int] | str:
-    """The size (H, W), the (256,) pixels by class id and the number of stray pixels of a pair, or its problem."""
+def _check_pair(pair: camvid.Pair, classes: ClassSet, label_format: str) -> tuple[tuple, np.ndarray, int, str] | str:
+    """The size (H, W), the (256,) pixels by class id and the number of stray pixels of a pair, and what is said if they
+    are too many; or its problem.
+    """
     try:
         size, ids = read_image(pair.image).shape[:2], camvid.read_mask(pair.mask, classes, label_format)
         stray = ids == UNKNOWN
@@ -61,11 +68,10 @@ def _check_pair(pair: camvid.Pair, classes: ClassSet, label_format: str) -> tupl
             stray &= np.asarray(open_image(pair.mask)) != UNKNOWN  # 255 is the usual void of id masks
         if ids.shape != size:
             raise UserError("{}: is {}×{}, its image is {}×{}".format(pair.mask, *ids.shape[::-1], *size[::-1]))
-        if stray.mean() > MAX_STRAY:
-            raise UserError(_describe_stray(pair.mask, stray, classes, label_format))
+        problem = _describe_stray(pair.mask, stray, classes, label_format) if stray.mean() > MAX_STRAY else ""
     except UserError as error:
         return str(error)
-    return size, np.bincount(ids.ravel(), minlength=256), int(stray.sum())
+    return size, np.bincount(ids.ravel(), minlength=256), int(stray.sum()), problem
 
 
 def _describe_stray(path: Path, stray: np.ndarray, classes: ClassSet, label_format: str) -> str:
@@ -77,12 +83,61 @@ def _describe_stray(path: Path, stray: np.ndarray, classes: ClassSet, label_form
     return f"{path}: {stray.mean():.1%} of its pixels are in none of the {len(classes)} classes: {shown}{hint}"
 
 
+def all_problems(root: Path, reports: list[SplitReport], classes: ClassSet) -> list[str]:
+    """What is wrong with single files, then with the classes as a whole."""
+    # As keys, because a missing root is the same problem in every split.
+    problems = list(dict.fromkeys(problem for report in reports for problem in report.problems))
+    wrong = wrong_classes(root, reports, classes)
+    return problems + ([wrong] if wrong else [problem for report in reports for problem in report.unknown])
+
+
+def wrong_classes(root: Path, reports: list[SplitReport], classes: ClassSet) -> str | None:
+    """What to do where the masks hold other classes than ``classes``, or train only one, from which nothing is learnt.
+
+    None if the classes may be right.
+    """
+    pixels = sum((report.pixels for report in reports), np.zeros(256, np.int64))
+    train = sum((report.pixels for report in reports if report.split == "train"), np.zeros(256, np.int64))
+    learnt = [classes.names[i] for i in classes.scored if train[i]]
+    assumed = classes == CAMVID and classes.source is None
+    if assumed and any(report.unknown for report in reports) and pixels[UNKNOWN] > pixels[classes.scored].sum():
+        found = f"{pixels[UNKNOWN] / pixels.sum():.1%} of the masks' pixels have none of their colours"
+    elif train.any() and len(learnt) < 2:
+        found = f"the masks of train hold {f'only {learnt[0]}' if learnt else 'no class'}: there is nothing to learn"
+    else:
+        return None
+    if not assumed:
+        return f"{root}: {found}"
+    table = root / "class_dict.csv"
+    if table.is_file():
+        return f"{root}: the classes are CamVid's, but {found}; leave --data_name out, so that {table} is read"
+    try:
+        lines = suggest_table(root, [report.split for report in reports])
+    except UserError as error:
+        return str(error)
+    return "\n    ".join([
+        f"{root}: no class_dict.csv, so CamVid's classes are assumed, but {found}; put these lines into {table}, with "
+        f"names of your own (python -m datasets.check --data_root {root} --write_classes does it):", *lines])
+
+
+def suggest_table(root: Path, splits: list[str]) -> list[str]:
+    """`table_of_masks` of all splits. Raises UserError where there are no masks, or masks of ids."""
+    pairs = [pair for split in splits for pair in camvid.find_pairs(*camvid.find_folders(root, split))[0]]
+    return table_of_masks(pair.mask for pair in progress(pairs, desc="colours"))
+
+
+def class_line(report: SplitReport, classes: ClassSet) -> str:
+    """The class set, where it comes from, and the classes without a pixel."""
+    what = f"CamVid's {len(classes)} classes" if classes == CAMVID else f"{len(classes)} classes"
+    absent = [classes.names[i] for i in classes.scored if not report.pixels[i]]
+    where = f"from {classes.source}" if classes.source else "as no class_dict.csv is read"
+    return f"{what}, {where}{f'; {report.split} has no pixel of ' + ', '.join(absent) if absent else ''}"
+
+
 def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
     """Reports by split. Raises UserError with the problems of all splits, one a line."""
     reports = {split: check_split(root, split, classes, label_format) for split in splits}
-    # As keys, because a missing root is the same problem in every split.
-    problems = list(dict.fromkeys(problem for report in reports.values() for problem in report.problems))
-    if problems:
+    if problems := all_problems(root, [*reports.values()], classes):
         listed = [f"{root}: {len(problems)} problems", *problems[:50], *(["…"] if len(problems) > 50 else [])]
         raise UserError("\n  ".join(listed) if len(problems) > 1 else problems[0])
     return reports
@@ -132,23 +187,33 @@ def add_data_flags(parser: Parser, required: bool = False) -> None:
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(prog="python -m datasets.check", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m datasets.check", description=__doc__)
     add_data_flags(parser, required=True)
+    parser.add_argument("--write_classes", action="store_true",
+                        help="write a class_dict.csv of the masks' colours into --data_root, and check nothing")
     return parser
 
 
 def main(args) -> int:
-    root = args.data_root
-    classes = camvid.find_classes(root, args.data_name, args.label_format, args.num_classes)
+    root, table = args.data_root, args.data_root / "class_dict.csv"
+    if not args.write_classes:
+        classes = camvid.find_classes(root, args.data_name, args.label_format, args.num_classes)
     splits = [split for split in ("train", "val", "test")
               if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
     if not splits:
         camvid.find_folders(root, "train")
+    if args.write_classes:
+        if table.exists():
+            raise UserError(f"{table} is there already; remove it first")
+        text = "\n".join(suggest_table(root, splits)) + "\n"
+        write_file(table, lambda path: path.write_text(text))
+        print(f"{text}wrote {table}; now give the classes their names, and call what is to be ignored Void")
+        return 0
     reports = [check_split(root, split, classes, args.label_format) for split in splits]
-    problems = [problem for report in reports for problem in report.problems]
-    warning = mixed_frames(root, splits)
-    print("\n".join([*(describe(report, classes) for report in reports), *([warning] if warning else []),
-                     f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+    problems, warning = all_problems(root, reports, classes), mixed_frames(root, splits)
+    print("\n".join([class_line(reports[0], classes), *(describe(report, classes) for report in reports),
+                     *([warning] if warning else []), f"{len(problems)} problems",
+                     *(f"  {problem}" for problem in problems)]))
     return 1 if problems else 0
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import COLORS, COLORS32, MERGED, OTHER_COPIES, compare_per_class, write_csv
+from conftest import COLORS, COLORS32, MERGED, OTHER_COPIES, compare_per_class, make_pair, save, write_csv
 
 from datasets.classes import CAMVID, CAMVID32, ClassSet
 from support.command import UserError
@@ -95,3 +95,53 @@ def test_numbered():
     assert len(set(classes.colors)) == len(set(classes.names)) == 255
     assert classes.ignore_index is None and classes.void_id == 255
     assert classes.colors[:5] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+
+
+# The masks' colours, those of their pixels, and what is said of CamVid's classes.
+OTHERS = {
+    "binary": ([(0, 0, 0), (255, 255, 255)], [0.9, 0.1], "10.0% of the masks' pixels have none of their colours"),
+    "tiny": ([(0, 0, 0), (255, 255, 255)], [0.995, 0.005], "the masks of train hold no class"),
+    "labelme": ([(0, 0, 0), (128, 0, 0)], [0.75, 0.25], "the masks of train hold only Building"),
+    "own": ([(10, 20, 30), (200, 10, 10), (0, 0, 0)], [0.5, 0.3, 0.2], "80.0% of the masks' pixels"),
+}
+
+
+@pytest.mark.parametrize("colors, shares, said", OTHERS.values(), ids=OTHERS)
+def test_masks_that_are_not_camvids_need_a_table_whose_lines_are_printed(tmp_path, call, colors, shares, said):
+    ids = np.repeat(np.arange(len(colors)), np.round(200 * np.array(shares)).astype(int)).reshape(10, 20)
+    for split in ("train", "val"):
+        save(make_pair(tmp_path, "photo", 0 * ids, split)[1], np.array(colors, np.uint8)[ids])
+    for command in ("train.py", "evaluate.py --split train", "datasets.check"):
+        status, out, err = call(*command.split(), "--data_root", tmp_path)
+        sentence, *lines = (out + err)[(out + err).index(f"{tmp_path}: no class_dict.csv"):].splitlines()
+        assert status == (1 if command == "datasets.check" else 2) and said in sentence
+        assert f"{tmp_path / 'class_dict.csv'}" in sentence and len(lines) == len(colors) + 1
+    status, _, err = call("train.py", "--data_root", tmp_path, "--num_classes", 2)
+    assert status == 2 and "--write_classes" in err and "leave it out" not in err
+    (tmp_path / "class_dict.csv").write_text("\n".join(lines))  # as pasted
+    pasted = ClassSet.from_csv(tmp_path / "class_dict.csv")
+    (tmp_path / "class_dict.csv").unlink()
+    assert call("datasets.check", "--data_root", tmp_path, "--write_classes")[0] == 0
+    assert call("datasets.check", "--data_root", tmp_path, "--write_classes")[0] == 2  # a table is never overwritten
+    assert pasted == ClassSet.from_csv(tmp_path / "class_dict.csv") and pasted.colors == tuple(colors)
+    assert [line.rpartition(",")[2] for line in lines[1:]] == [f"{share:.2%}" for share in shares]
+    status, out, _ = call("datasets.check", "--data_root", tmp_path)
+    assert status == 0 and f"{len(colors)} classes, from {tmp_path / 'class_dict.csv'}\n" in out
+    assert "leave --data_name out" in call("train.py", "--data_root", tmp_path, "--data_name", "camvid")[2]
+
+
+@pytest.mark.parametrize("mask, said", [(np.arange(192) % 3, "--label_format ids --num_classes 3"),
+                                        (np.arange(64, 256), "hold 192 colours")])
+def test_masks_of_ids_or_of_blended_colors_are_told_from_those_of_colors(tmp_path, call, mask, said):
+    for split in ("train", "val"):
+        save(make_pair(tmp_path, "photo", split=split)[1], mask.astype(np.uint8).reshape(12, 16))
+    status, _, err = call("train.py", "--data_root", tmp_path)
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+def test_what_is_assumed_is_said(tmp_path, call):
+    ids = np.arange(192).reshape(12, 16) % 9 + 1
+    for split in ("train", "val"):
+        make_pair(tmp_path, "photo", ids, split)
+    out = call("datasets.check", "--data_root", tmp_path)[1]
+    assert out.startswith("CamVid's 12 classes, as no class_dict.csv is read; train has no pixel of Pedestrian, Bicyc")
