@@ -56,6 +56,9 @@ def get_args_parser() -> Parser:
     add("--skip_existing", action="store_true", help="leave out images whose pictures are there")
     add("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
     add_inference_flags(parser)
+    add = parser.add_argument_group("checked against the checkpoint, which knows them").add_argument
+    add("--model", metavar="NAME", help="network")
+    add("--num_classes", type=int, metavar="N", help="number of classes, the ignored one included")
     return parser
 
 
@@ -194,8 +197,11 @@ def main(args) -> int:
     images = find_images(args.image_dir)
     device = select_device(args.device)
     checkpoint = args.checkpoint or default_checkpoint()
-    predictor, classes, _ = load_predictor(checkpoint, args.max_side, device=device, tile=args.tile, tta=args.tta,
-                                           amp_dtype=select_amp_dtype(args.amp, device))
+    predictor, classes, config = load_predictor(checkpoint, args.max_side, device=device, tile=args.tile, tta=args.tta,
+                                                amp_dtype=select_amp_dtype(args.amp, device))
+    for flag, known in (("model", config["model"]["name"]), ("num_classes", len(classes))):
+        if getattr(args, flag) not in (None, known):
+            raise UserError(f"--{flag} {getattr(args, flag)}: {checkpoint} has {known}; leave it out")
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
     names = dict(zip(images, output_names(images)))

@@ -179,7 +179,7 @@ def add_data_flags(parser: Parser, required: bool = False) -> None:
     """The flags that describe the data, the same for every command. required: whether --data_root is."""
     add = parser.add_argument_group("data").add_argument
     add("--data_root", type=Path, required=required, metavar="DIR", help="holds train/, train_labels/, val/, …")
-    add("--data_name", choices=("auto", "camvid", "camvid32"), default="auto",
+    add("--data_name", type=str.lower, choices=("auto", "camvid", "camvid32"), default="auto",
         help="class set: auto takes the folder's class_dict.csv, else CamVid's 11 classes")
     add("--label_format", choices=("auto", "rgb", "ids", "segnet"), default="auto",
         help="masks hold RGB colours, class ids, or the SegNet copy's ids")

@@ -116,19 +116,24 @@ def test_a_resume_in_another_folder_starts_its_own_best_and_in_the_same_keeps_it
 
 
 def test_the_tutorials_commands(scenes, tmp_path, call):
-    tutorial = ("--data_name camvid --model unet --num_classes 12 --epochs 1 --lr 0.01 --momentum 0.9 "
+    tutorial = ("--data_name CamVid --model unet --num_classes 12 --epochs 1 --lr 0.01 --momentum 0.9 "
                 "--weight-decay 5e-4 --batch_size 2 --step_size 1 --gamma 0.1 --checkpoint C")
     assert call("train.py", "--data_root", scenes, *tutorial.split(), "--width", 4, "--crop_size", 64)[0] == 0
     flags = json.loads((tmp_path / "C" / "unet_args.json").read_text())
     assert (flags["lr"], flags["momentum"], flags["weight_decay"], flags["gamma"]) == (0.01, 0.9, 5e-4, 0.1)
     image = min((scenes / "test").iterdir())
-    predict = "predict.py", "--image_dir", image, "--checkpoint", "C/unet_best.pth", "--save_dir"
+    predict = ("predict.py", *"--model unet --num_classes 12 --checkpoint C/unet_best.pth --image_dir".split(), image,
+               "--save_dir")
     for i, overlay in enumerate(("--overlay False", "--overlay no", "--overlay 0", "--no-overlay", "", "--overlay yes",
                                  "--overlay True", "--overlay")):
         status, out, _ = call(*predict, f"S{i}", *overlay.split())
         assert status == 0 and "unet_best.pth on 1 image\n" in out
         names = {f"{image.stem}_mask.png"} | ({f"{image.stem}_overlay.png"} if i > 3 else set())
         assert {path.name for path in (tmp_path / f"S{i}").iterdir()} == names
+    for flag, value, known in (("--model", "unet_resnet18", "unet"), ("--num_classes", 11, "12")):
+        status, _, err = call(*predict, "S", flag, value)
+        assert status == 2 and f"{flag} {value}: C/unet_best.pth has {known};" in err
+    assert "neither true nor false" in call(*predict, "S", "--overlay", "maybe")[2] and not (tmp_path / "S").exists()
     assert call(*predict, "S0", "--skip_existing")[0] == 0 and len(list((tmp_path / "S0").iterdir())) == 2
 
 
