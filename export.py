@@ -131,6 +131,8 @@ def main(args) -> int:
     checkpoint, found = args.checkpoint or default_checkpoint(), "half precision"
     if args.out.suffix == ".onnx":
         found = export_onnx(checkpoint, args.out, args.with_preprocessing)
+    elif args.out.suffix == ".pth" and args.with_preprocessing:
+        raise UserError(f"--with_preprocessing: {args.out} holds weights alone; leave it out, or name an .onnx file")
     elif args.out.suffix == ".pth":
         release(checkpoint, args.out)
     else:

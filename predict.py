@@ -1,16 +1,15 @@
 """Segment images: for each, a mask whose pixel values are the class ids, and an overlay of the classes' colours.
 
-    python predict.py --image_dir photos                        a folder, a file or a quoted pattern: 'photos/*.jpg'
+    python predict.py --image_dir photos                        a folder, files, or patterns such as 'photos/**/*.jpg'
     python predict.py --image_dir photos --checkpoint checkpoint/unet_best.pth --tta flip --no-overlay
-    python predict.py --image_dir drive.mp4 --legend            a video: an overlay of the same size and rate
+    python predict.py --image_dir drive.mp4 --legend            a video: an overlay that browsers play
     python predict.py --demo                                    on the scenes that train.py --demo made
 """
 import argparse
-import glob
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,17 +19,17 @@ from tqdm import tqdm
 
 from datasets.classes import ClassSet
 from inference.predictor import Predictor, add_inference_flags, predict_stream
+from inference.sources import VIDEO_SUFFIXES, find_images, output_names
 from output.report import Report
 from output.visualize import draw_legend, mask_image, overlay_image
 from support.command import Parser, UserError, number, run_command
 from support.device import select_amp_dtype, select_device
 from support.files import make_folder, write_file
-from support.images import IMAGE_SUFFIXES, limited_size, read_image
+from support.images import limited_size, read_image
 from training.checkpoints import default_checkpoint, load_predictor
 
-DEMO = {"image_dir": "checkpoint/demo/scenes/test", "checkpoint": Path("checkpoint/demo/unet_best.pth"),
+DEMO = {"image_dir": ["checkpoint/demo/scenes/test"], "checkpoint": Path("checkpoint/demo/unet_best.pth"),
         "save_dir": Path("checkpoint/demo/predictions")}
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 # Images read ahead, and pictures waiting to be written: enough to keep the cores busy, flat in memory.
 IN_FLIGHT = min(8, max(4, os.cpu_count() or 1))
 
@@ -46,7 +45,7 @@ def yes_or_no(text: str) -> bool:
 def get_args_parser() -> Parser:
     parser = Parser(prog="predict.py", description=__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--image_dir", metavar="PATH", help="a folder of images, one file, a video, or a quoted pattern")
+    add("--image_dir", nargs="+", metavar="PATH", help="a folder of images, files, patterns, or a video")
     add("--save_dir", type=Path, default=Path("predictions"), metavar="DIR", help="for NAME_mask.png, NAME_overlay.png")
     add("--overlay", type=yes_or_no, nargs="?", const=True, default=True, metavar="BOOL", help="write overlays")
     add("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS, help="write masks alone")
@@ -62,38 +61,6 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The images of a folder, file or pattern, sorted. Raises UserError if there are none."""
-    path = Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        names: Iterable[Path] = path.iterdir()
-    else:  # a pattern with ** follows links to folders, in circles too: each file once, by its shortest way
-        found = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda name: -len(name.parts))
-        names = {(name.parent.resolve(), name.name): name for name in found}.values()
-    images = sorted(name for name in names if name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith("."))
-    if not images:
-        what = "no images in it" if path.is_dir() else "no such file or folder"
-        raise UserError(f"--image_dir {pattern}: {what} ({' '.join(IMAGE_SUFFIXES)})")
-    return images
-
-
-def output_names(images: list[Path]) -> list[str]:
-    """The names of the outputs: the stem, or where images share it, what tells them apart as well.
-
-    a.jpg and a.png become a_jpg and a_png; x/a.png and y/a.png become x_a_png and y_a_png.
-    """
-    root = os.path.commonpath([image.absolute().parent for image in images])
-    stems = Counter(image.stem.casefold() for image in images)  # some file systems ignore the case of a name
-    names = [image.stem if stems[image.stem.casefold()] == 1 else
-             os.path.relpath(image.absolute(), root).replace(os.sep, "_").replace(".", "_") for image in images]
-    name, count = Counter(map(str.casefold, names)).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"the outputs of {count} images would be called {name}; rename one")
-    return names
-
-
 def in_background(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:
     """``function(item)`` in the order of the items, computed by the pool, IN_FLIGHT of them ahead."""
     waiting: deque[Future] = deque()
@@ -105,10 +72,10 @@ def in_background(pool: ThreadPoolExecutor, function: Callable, items: Iterable)
         yield waiting.popleft().result()
 
 
-def draw_overlay(image: np.ndarray, ids: np.ndarray, classes: ClassSet, args) -> Image.Image:
-    """The image under the classes' colours, with --alpha and --legend."""
+def draw_overlay(image: np.ndarray, ids: np.ndarray, shown: Sequence[int], classes: ClassSet, args) -> Image.Image:
+    """The image under the classes' colours, with --alpha, and with --legend a legend of the ``shown`` class ids."""
     overlay = overlay_image(image, ids, classes, args.alpha)
-    return draw_legend(overlay, classes) if args.legend else overlay
+    return draw_legend(overlay, classes, shown) if args.legend else overlay
 
 
 def predict_images(names: dict[Path, str], predictor: Predictor, classes: ClassSet, report: Report,
@@ -139,7 +106,7 @@ def predict_images(names: dict[Path, str], predictor: Predictor, classes: ClassS
         name, image, ids = item
         write_file(args.save_dir / f"{name}_mask.png", mask_image(ids, classes).save)
         if args.overlay:
-            overlay = draw_overlay(image, ids, classes, args)
+            overlay = draw_overlay(image, ids, np.unique(ids).tolist(), classes, args)
             write_file(args.save_dir / f"{name}_overlay.png", lambda path: overlay.save(path, compress_level=1))
         return item
 
@@ -157,24 +124,24 @@ def predict_video(path: Path, predictor: Predictor, classes: ClassSet, args) -> 
     """Write NAME_overlay.mp4 with a few frames in memory at a time. Returns the exit status."""
     from inference.video import VideoReader, write_video  # OpenCV, which images do without
 
-    if not args.overlay:
-        raise UserError(f"{path}: of a video there is an overlay alone; leave --no-overlay out")
     video, target = VideoReader(path), args.save_dir / f"{path.stem}_overlay.mp4"
     frames = predict_stream(predictor, (("", frame) for frame in video), args.batch_size)
-    overlays = (np.asarray(draw_overlay(frame, ids, classes, args)) for _, frame, ids in frames)
-    count = write_video(target, tqdm(overlays, total=video.count or None, unit="frame", disable=None), video.size,
-                        video.rate)
-    print(f"wrote {target}, {count} frames at {video.rate:.4g} a second")
+    overlays = (np.asarray(draw_overlay(frame, ids, classes.scored, classes, args)) for _, frame, ids in frames)
+    bar = tqdm(overlays, total=video.count or None, unit="frame", disable=None)
+    count, codec = write_video(target, bar, video.size, video.rate)
+    print(f"wrote {target}, {count} frames at {video.rate:.4g} a second, in {codec}")
     if count < video.count:
         print(f"predict.py: {path} announces {video.count} frames; it may be cut short", file=sys.stderr)
     return 1 if count < video.count else 0
 
 
 def print_shares(pixels: np.ndarray, classes: ClassSet) -> None:
-    """The pixel share of each class, largest first, with a warning where one class is nearly everything."""
-    share = pixels / max(1, pixels.sum())
-    print("pixels of each class: " + ", ".join(f"{classes.names[i]} {share[i]:.1%}" for i in np.argsort(-share)
-                                               if i != classes.ignore_index))
+    """A table of the classes' pixel shares, largest first, with a warning where one class is nearly everything."""
+    share, wide = pixels / max(1, pixels.sum()), max(map(len, classes.names))
+    print("pixels of each class:")
+    for i in np.argsort(-share, kind="stable"):
+        if i != classes.ignore_index:
+            print(f"  {classes.names[i]:<{wide}}  {share[i]:6.1%}")
     if share.max() > 0.99:
         print(f"warning: {classes.names[share.argmax()]} holds {share.max():.1%} of all pixels: the model may be "
               f"barely trained, or these images unlike its training data", file=sys.stderr)
@@ -189,27 +156,38 @@ def without_existing(names: dict[Path, str], args) -> dict[Path, str]:
     return left
 
 
+def open_checkpoint(path: Path, args) -> tuple[Predictor, ClassSet]:
+    """The network and its classes. Raises UserError if they are not those of --model and --num_classes."""
+    device = select_device(args.device)
+    predictor, classes, config = load_predictor(path, args.max_side, device=device, tile=args.tile, tta=args.tta,
+                                                amp_dtype=select_amp_dtype(args.amp, device))
+    for flag, known in (("model", config["model"]["name"]), ("num_classes", len(classes))):
+        if getattr(args, flag) not in (None, known):
+            raise UserError(f"--{flag} {getattr(args, flag)}: {path} has {known}; leave it out")
+    return predictor, classes
+
+
 def main(args) -> int:
     if args.image_dir is None:
         raise UserError("--image_dir PATH is needed: a folder of images, one file, or a pattern (or try --demo)")
     if args.demo and not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: there is no demo model yet; run: python train.py --demo")
-    images = find_images(args.image_dir)
-    device = select_device(args.device)
+    images, left_out = find_images(args.image_dir)
+    video = images[0] if images[0].suffix.lower() in VIDEO_SUFFIXES else None
+    if video and (args.report or not args.overlay):
+        raise UserError(f"{video}: of a video there is an overlay alone; leave --report and --no-overlay out")
     checkpoint = args.checkpoint or default_checkpoint()
-    predictor, classes, config = load_predictor(checkpoint, args.max_side, device=device, tile=args.tile, tta=args.tta,
-                                                amp_dtype=select_amp_dtype(args.amp, device))
-    for flag, known in (("model", config["model"]["name"]), ("num_classes", len(classes))):
-        if getattr(args, flag) not in (None, known):
-            raise UserError(f"--{flag} {getattr(args, flag)}: {checkpoint} has {known}; leave it out")
+    predictor, classes = open_checkpoint(checkpoint, args)
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
     names = dict(zip(images, output_names(images)))
     for folder in filter(None, (args.save_dir, args.report)):
         make_folder(folder)
-    if images[0].suffix.lower() in VIDEO_SUFFIXES:
-        print(f"{checkpoint} on {images[0]}", flush=True)
-        return predict_video(images[0], predictor, classes, args)
+    if left_out:
+        print(left_out, file=sys.stderr)
+    if video:
+        print(f"{checkpoint} on {video}", flush=True)
+        return predict_video(video, predictor, classes, args)
     names = without_existing(names, args) if args.skip_existing else names
     print(f"{checkpoint} on {len(names)} image{'s' * (len(names) != 1)}", flush=True)
     report = Report(classes)
@@ -220,7 +198,8 @@ def main(args) -> int:
     print(f"wrote {done} mask{'s' * (done != 1)}{f' and {done} overlay' + 's' * (done != 1) if args.overlay else ''} "
           f"to {args.save_dir}")
     if args.report:
-        print(f"wrote {report.write(args.report, f'{checkpoint.stem} on {args.image_dir}', pixels=pixels)}")
+        title = f"{checkpoint.stem} on {args.image_dir[0]}{' …' * (len(args.image_dir) > 1)}"
+        print(f"wrote {report.write(args.report, title, pixels=pixels)}")
     if shrunk:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "
               f"images at their own size")

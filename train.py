@@ -224,12 +224,12 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
 
 def print_epoch(epoch: int, epochs: int, row: dict[str, float], best: bool, seconds: float) -> None:
     """One line of figures. seconds: of an epoch, on average."""
-    scores = ("val loss {val_loss:.3f}  mIoU {val_miou:.3f}  acc {val_pixel_accuracy:.3f}  ".format(**row)
+    scores = ("val {val_loss:.3f} mIoU {val_miou:.3f} acc {val_pixel_accuracy:.3f}  ".format(**row)
               if "val_miou" in row else "")
     rest = seconds * (epochs - epoch)
     left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min" if rest < 5400 else f"{rest / 3600:.1f} h"
     print(f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
-          f"{row['images_per_second']:.1f} images/s  {left} left{'  *best' if best else ''}", flush=True)
+          f"{row['images_per_second']:.1f} img/s  {left} left{' *best' if best else ''}", flush=True)
 
 
 def print_end(args, files: RunFiles, classes: ClassSet) -> None:

@@ -61,7 +61,7 @@ def unpack(archive: Path, root: Path) -> None:
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(prog="python -m datasets.download", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m datasets.download", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder for the data")
     parser.add_argument("--from", dest="source", default=URL, metavar="FILE|URL", help="a zip archive of CamVid")
     return parser

@@ -232,7 +232,7 @@ def generate_dataset(root: Path, counts: dict[str, int], size: tuple[int, int] =
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(prog="python -m datasets.synthetic", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m datasets.synthetic", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder for the scenes")
     for split, count in (("train", 200), ("val", 40), ("test", 10)):
         parser.add_argument(f"--{split}", type=number(int, 1), default=count, help=f"number of scenes in {split}")

@@ -1,4 +1,4 @@
-"""Videos frame by frame, by OpenCV: reading, and writing a file of the same size and rate."""
+"""Videos frame by frame, by OpenCV: reading, and writing a file of the same size and rate that browsers play."""
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,9 @@ import numpy as np  # noqa: E402
 
 from support.command import RunError, UserError  # noqa: E402
 from support.files import atomic_path  # noqa: E402
+
+# Of these the first is taken that OpenCV was built with.
+CODECS = {"vp09": "VP9", "mp4v": "MPEG-4, which no browser plays, as this OpenCV has no VP9"}
 
 
 class VideoReader:
@@ -36,15 +39,17 @@ class VideoReader:
         self.capture.release()
 
 
-def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> int:
-    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) as MPEG-4; their number.
+def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> tuple[int, str]:
+    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number and the codec's name.
 
     The file appears when it is whole. Raises RunError if it cannot be written.
     """
     count = 0
     with atomic_path(path) as temporary:
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, size[::-1])
-        if not writer.isOpened():
+        writers = ((name, cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*code), rate, size[::-1]))
+                   for code, name in CODECS.items())
+        codec, writer = next((pair for pair in writers if pair[1].isOpened()), ("", None))
+        if writer is None:
             raise RunError(f"{path}: cannot be written as a video")
         try:
             for frame in frames:
@@ -52,4 +57,4 @@ def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int],
                 count += 1
         finally:
             writer.release()
-    return count
+    return count, codec

@@ -1,4 +1,5 @@
 """Pictures: masks, overlays, panels, training curves."""
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: 
     return Image.blend(Image.fromarray(image), Image.fromarray(classes.to_rgb(ids)), alpha)
 
 
-def draw_legend(image: Image.Image, classes: ClassSet) -> Image.Image:
-    """The image with a box of the classes' colours and names in its lower left corner, as large as fits legibly."""
-    names = [(classes.names[i], classes.colors[i]) for i in classes.scored]
+def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:
+    """The image with a box of the ``shown`` classes' colours and names in its lower left corner, if it fits legibly."""
+    names = [(classes.names[i], classes.colors[i]) for i in shown]
     row = min(image.height // 24, (image.height - 4) // (len(names) + 1))
     font = ImageFont.load_default(max(1, round(0.8 * row)))
     width = round(2.5 * row + max(font.getlength(name) for name, _ in names))
@@ -34,35 +35,39 @@ def draw_legend(image: Image.Image, classes: ClassSet) -> Image.Image:
         top = round((i + 0.25) * row)
         draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=color)
         draw.text((2 * row, top + row // 2), name, "white", font, anchor="lm")
-    corner = (row // 2, image.height - box.height - row // 2, row // 2 + width, image.height - row // 2)
-    image.paste(Image.blend(image.crop(corner), box, 0.8), corner)
+    image.paste(box, (row // 2, image.height - box.height - row // 2))
     return image
 
 
 def panel_image(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet) -> Image.Image:
-    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, in the first image's size."""
+    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, in the first image's size, below a
+    line that says so.
+    """
     height, width = rows[0][0].shape[:2]
-    panel = Image.new("RGB", (3 * width, len(rows) * height))
+    head = 2 * max(6, min(width // 12, height // 24))
+    panel = Image.new("RGB", (3 * width, head + len(rows) * height))
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(0.7 * head)
+    for j, title in enumerate(("image", "mask", "prediction")):
+        draw.text((j * width + width // 2, head // 2), title, "white", font, anchor="mm")
     for i, (image, mask, prediction) in enumerate(rows):
         for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            panel.paste(tile, (j * width, i * height))
+            panel.paste(tile, (j * width, head + i * height))
     return panel
 
 
 def save_curves(history: list[dict], path: Path) -> None:
-    """Losses, mIoU and learning rate by epoch, as a PNG."""
+    """Losses, mIoU and learning rate by epoch, as a PNG. The losses have scales of their own: they differ in kind."""
     # Needs no display and no global state, and imported here keeps the commands' start fast.
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained", figsize=(12, 3.5), dpi=100)
-    for axes, title, keys in zip(figure.subplots(1, 3), ("loss", "val mIoU", "learning rate"),
-                                 (("train_loss", "val_loss"), ("val_miou",), ("lr",))):
-        for key in keys:
-            points = [(row["epoch"], row[key]) for row in history if key in row]  # not every epoch is validated
-            axes.plot(*zip(*points), label=key, marker="." if len(points) < 20 else "")
+    curves = {"train_loss": "training loss", "val_loss": "val cross-entropy", "val_miou": "val mIoU",
+              "lr": "learning rate"}
+    figure = Figure(layout="constrained", figsize=(14, 3.5), dpi=100)
+    for axes, (key, title) in zip(figure.subplots(1, 4), curves.items()):
+        points = [(row["epoch"], row[key]) for row in history if key in row]  # not every epoch is validated
+        axes.plot(*zip(*points), marker="." if len(points) < 20 else "")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if len(keys) > 1:
-            axes.legend()
     write_file(path, figure.savefig)
