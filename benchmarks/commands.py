@@ -57,7 +57,7 @@ def quality(args) -> Iterator[Row]:
     process = subprocess.Popen([sys.executable, "train.py", "--data_root", str(args.data_root), *flags, "--checkpoint",
                                 str(args.scratch / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout or ():
-        score = float(line.split("mIoU")[1].split()[0]) if "val loss" in line else 0.0
+        score = float(line.split("mIoU")[1].split()[0]) if line.startswith("epoch") and "mIoU" in line else 0.0
         while goals and score >= goals[0]:
             yield Row(f"train.py {' '.join(flags)}: to val mIoU {goals.pop(0):.2f}",
                       (time.perf_counter() - started) / 60, "min")

@@ -148,7 +148,8 @@ def test_flags(call, tmp_path, scenes, command, flag, text):
     ("datasets.check", "--data_root"), ("datasets.check --data_root TMP/class_dict.csv", "no such folder"),
     ("predict.py --image_dir TMP/empty", "no images in it"), ("predict.py --image_dir TMP", "rename one"),
     ("predict.py --image_dir TMP --save_dir TMP", "--save_dir"), ("predict.py IMAGES --tile 63", "--tile"),
-    ("export.py --out a.tflite", ".onnx or .pth"),
+    ("export.py --out a.tflite", ".onnx or .pth"), ("export.py --out m.pt", ".onnx or .pth"),
+    ("export.py --out m.pth --with_preprocessing", "--with_preprocessing"),
 ])
 def test_mistakes_change_nothing(call, trained, scenes, tmp_path, typed, said):
     """In a folder with a trained model; test_checkpoints.py has broken checkpoints, test_check.py broken data."""

@@ -43,7 +43,7 @@ def test_the_documented_example_writes_predicts_mask_without_torch(exported, cal
     assert ours.convert("RGB").getpixel((60, 80)) == theirs.convert("RGB").getpixel((60, 80))
 
 
-@pytest.mark.parametrize("size, equal", [((480, 360), 1), ((1600, 1133), 0.995), ((1200, 1600), 0.995),
+@pytest.mark.parametrize("size, equal", [((480, 360), 1), ((1600, 1200), 0.995), ((1200, 1600), 0.995),
                                          ((33, 17), 0.995)])
 def test_ids_are_those_of_the_predictor(exported, size, equal):
     """The last but one is a portrait; those above the checkpoint's max_side of 480 are shrunk inside the graph."""
@@ -93,6 +93,22 @@ def test_torch_hub_gives_the_shipped_network():
     with torch.inference_mode():
         shipped = torch.hub.load(REPO, "unet", source="local", pretrained=True)
         torch.testing.assert_close(shipped(images), load_model(SHIPPED)[0](images))
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_torch_hub_beside_modules_of_the_same_names(tmp_path, first):
+    """Such as Hugging Face's ``datasets`` and a ``model.py`` of the user's own, imported before or after."""
+    (tmp_path / "datasets" / "classes").mkdir(parents=True)
+    for path in ("datasets/__init__.py", "datasets/classes/__init__.py", "datasets/later.py", "model.py"):
+        (tmp_path / path).write_text("mine = True")
+    theirs = "import model, datasets.classes\n"
+    ours = f"import torch\nnet = torch.hub.load({str(REPO)!r}, 'unet', source='local', pretrained=True)\n"
+    code = (theirs + "before = model, datasets, datasets.classes\n" + ours if first == "theirs" else ours + theirs) + (
+        "import datasets.later, sys\nassert model.mine and datasets.mine and datasets.classes.mine\n"
+        "assert 'before' not in dir() or before == (model, datasets, sys.modules['datasets.classes'])\n"
+        f"assert net(torch.ones(1, 3, 20, 30)).shape == (1, 12, 20, 30) and {str(REPO)!r} not in sys.path")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_masks_of_the_shipped_network_equal_those_of_the_plain_loop(tmp_path, call):
