@@ -69,12 +69,18 @@ const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown",
 const seen = { errors: window.failures, title: document.title, worst: names(), best: set("order", "best"),
                name: set("order", "name"), cars: set("filter", "1"), count: $("count").textContent };
 bars[1].click(); seen.all = names().length;
-const { card, layer, slider } = cards[0], first = document.querySelector(".card");
+const { card, layer, slider } = cards[0], first = document.querySelector(".picture");
 press(document.body, "2"); seen.mask = layer.src === card.mask;
-press(document.body, "1"); seen.image = layer.hidden;
-press(document.body, "3"); seen.prediction = !layer.hidden && layer.src === card.prediction;
+press(slider, "1"); seen.image = layer.hidden;
+press($("order"), "3"); seen.prediction = !layer.hidden && layer.src === card.prediction;
 slider.value = 30; slider.oninput(); seen.slider = layer.style.clipPath;
-first.focus(); press(first, "ArrowRight"); seen.focus = document.activeElement === first.nextElementSibling;
+const wide = first.clientWidth, next = document.querySelectorAll(".picture")[1];
+const large = () => next.clientWidth > 1.5 * wide;
+first.focus(); press(first, "ArrowRight"); seen.focus = document.activeElement === next;
+next.click(); seen.large = large(); press(next, "ArrowLeft"); seen.moved = !large() && first.clientWidth > 1.5 * wide;
+press(first, "Escape"); seen.small = first.clientWidth === wide && first.ariaExpanded === "false";
+seen.called = [first.ariaLabel, next.parentElement.ariaLabel, slider.ariaLabel].map(name => name.split("frame").length);
+seen.unit = [$("unit").textContent, bars[0].textContent.slice(-5)];
 seen.sizes = cards.every(({ layer }) => layer.clientWidth === layer.previousElementSibling.clientWidth);
 seen.hover = document.querySelector("td").title;
 document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "SEEN"));
@@ -90,12 +96,14 @@ def test_a_browser_sorts_filters_and_compares(page, tmp_path):
                            "--enable-logging=stderr", f"file://{tmp_path}/page.html"],
                           capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
+    seen, iou = json.loads(html.unescape(done.stdout.split("SEEN")[1])), f"{data_of(page[0])['classes'][0]['iou']:.3f}"
     ranked = [card["name"] for card in sorted(data_of(page[0])["cards"], key=lambda card: card["miou"])]
     assert "pixels" in seen.pop("hover") and ranked[-1] == "frame 0"
     assert seen == {"errors": [], "title": "a <title>", "worst": ranked, "best": ranked[::-1], "name": sorted(ranked),
                     "cars": ["frame 3", "frame 4"], "count": "2 of 5", "all": 5, "mask": True, "image": True,
-                    "prediction": True, "slider": "inset(0px 70% 0px 0px)", "focus": True, "sizes": True}
+                    "prediction": True, "slider": "inset(0px 70% 0px 0px)", "focus": True, "sizes": True,
+                    "large": True, "moved": True, "small": True,
+                    "called": [2, 2, 2], "unit": ["IoU of each class, from 0 to 1", iou]}
 
 
 def test_evaluate_and_predict_write_a_report(scenes, tmp_path, call):
