@@ -44,7 +44,7 @@ def panel_image(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: 
     line that says so.
     """
     height, width = rows[0][0].shape[:2]
-    head = 2 * max(6, min(width // 12, height // 24))
+    head = 2 * max(8, min(width // 12, height // 24))
     panel = Image.new("RGB", (3 * width, head + len(rows) * height))
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(0.7 * head)
     for j, title in enumerate(("image", "mask", "prediction")):

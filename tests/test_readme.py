@@ -3,16 +3,20 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, code_blocks, opened, save
+from conftest import COLORS, REPO, code_blocks, opened, save
+from PIL import Image
 
 import train
-from datasets.synthetic import generate_scene
+from datasets.synthetic import generate_dataset, generate_scene
 
 PAGES = {str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
-         for path in (REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md")))}
+         for path in (*REPO.glob("README*.md"), REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md")))}
 
 
 def anchors(page: str) -> set[str]:
@@ -65,6 +69,50 @@ def test_the_readmes_code_predicts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, = code_blocks("README.md", "python")
     exec(code, {})
+    assert "'Road': '" in capsys.readouterr().out
+
+
+def test_the_readme_has_the_classes_and_their_colors():
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in PAGES["README.md"].splitlines()
+             if line.startswith(("| IoU |", "| colour |"))]
+    names, colors = next(zip(lines, lines[1:]))
+    assert {name: tuple(map(int, color.split())) for name, color in zip(names, colors)} | {
+        "Unlabelled": (0, 0, 0)} == COLORS
+
+
+def test_the_chinese_readme_has_the_same_numbers():
+    english, chinese = ({*re.findall(r"\d\.\d{3}", PAGES[name])} for name in ("README.md", "README.zh.md"))
+    assert chinese < english and len(chinese) == 6
+
+
+def test_the_notebook(tmp_path, monkeypatch, capsys):
+    """Cell by cell, on a few scenes for one epoch. The clone is a copy of the files here, and nothing is installed."""
+    shown: list[Image.Image] = []
+    ran: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    names = {"display": lambda image: shown.append(image.copy())}
+
+    def run(line: str) -> None:
+        program, *words = line[1:].split()
+        ran.append(program)
+        if program == "git":
+            shutil.copytree(REPO, words[-1], ignore=shutil.ignore_patterns(".git", "demo", "tests", ".*"))
+            generate_dataset(tmp_path / "unet" / "checkpoint" / "demo" / "scenes", {"train": 2, "val": 2, "test": 3},
+                             (96, 72))
+        elif program == "cd":
+            monkeypatch.chdir(words[0])
+        elif program == "python":
+            few = "--epochs 1 --crop_size 64 --workers 0".split() if words[0] == "train.py" else []
+            done = subprocess.run([sys.executable, *words, *few], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+    for cell in json.loads((REPO / "docs" / "colab.ipynb").read_text(encoding="utf-8"))["cells"]:
+        code = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+        for line in re.findall(r"^[!%].*", code, re.M):
+            run(line)
+        exec(re.sub(r"^[!%].*", "", code, flags=re.M), names)
+    assert ran == ["git", "cd", "pip", "python", "python"] and len(shown) == 6
+    assert [image.size for image in shown[2:5]] == 3 * [(480, 360)] and shown[5].size == (96, 72)
     assert "'Road': '" in capsys.readouterr().out
 
 
