@@ -44,7 +44,7 @@ def data_classes(args, trained: ClassSet, flags: dict) -> ClassSet:
 
     Raises UserError if they are not the classes that the checkpoint was trained on.
     """
-    for key in ("data_name", "label_format", "num_classes"):
+    for key in ("data_name", "label_format", "num_classes", "val_percent"):
         if getattr(args, key) in (None, "auto") and flags.get(key) is not None:
             setattr(args, key, flags[key])
     classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
@@ -72,11 +72,11 @@ def main(args) -> int:
     predictor, trained, config = load_predictor(args.checkpoint, args.max_side, device=device, tile=args.tile,
                                                 tta=args.tta, amp_dtype=select_amp_dtype(args.amp, device))
     classes = data_classes(args, trained, config["train"])
-    checked = check_data(args.data_root, [args.split], classes, args.label_format)[args.split]
+    checked = check_data(args.data_root, [args.split], classes, args.label_format, args.val_percent)[args.split]
     if checked.stray:
         print(stray_line(checked))
     dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
-                            predictor.max_side, native_masks=True)
+                            predictor.max_side, native_masks=True, val_percent=args.val_percent)
     workers = default_workers(device) if args.workers is None else args.workers
     loader = DataLoader(dataset, args.batch_size if len(checked.sizes) == 1 else 1, num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)

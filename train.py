@@ -88,9 +88,10 @@ def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.devi
     common: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0,
                               "pin_memory": device.type == "cuda", "worker_init_fn": init_worker}
     transform = train_transform(args.crop_size, classes.void_id, args.scale, args.jitter)
-    train_set = CamVidDataset(args.data_root, "train", classes, transform, args.label_format, args.max_side or 0)
+    train_set = CamVidDataset(args.data_root, "train", classes, transform, args.label_format, args.max_side or 0,
+                              val_percent=args.val_percent)
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.max_side or 0,
-                            native_masks=True)
+                            native_masks=True, val_percent=args.val_percent)
     sampler = EpochSampler(len(train_set), args.seed, distributed.rank(), distributed.world_size())
     val_batch = min(4, args.batch_size) if len(sizes) == 1 and max(map(max, sizes)) <= TILE else 1
     val_share = range(distributed.rank(), len(val_set), distributed.world_size())  # each image once, in one process
@@ -135,7 +136,7 @@ def main(args) -> int:
             print(f"generating street scenes in {args.data_root}", flush=True)
             generate_dataset(args.data_root, DEMO_SCENES, DEMO_SIZE)
         classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
-        reports = check_data(args.data_root, ["train", "val"], classes, args.label_format)
+        reports = check_data(args.data_root, ["train", "val"], classes, args.label_format, args.val_percent)
         train_loader, val_loader = build_loaders(args, classes, reports["val"].sizes, device)
     model = build_network(args, len(classes)).to(device).to(memory_format=torch.channels_last)  # a fifth faster on CPUs
     optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)

@@ -2,6 +2,7 @@
 
     root/train root/train_labels root/val root/val_labels …   masks in RGB colours (or ids with label_format="ids")
     root/train root/trainannot   root/val root/valannot …     the SegNet copy: ids 0 Sky … 10 Bicyclist, 11 void
+    root/images root/masks                                    one folder, of which a part is held out for validation
 """
 import random
 import re
@@ -19,6 +20,9 @@ from support.command import UserError
 from support.images import IMAGE_SUFFIXES, open_image, read_image, shrink, to_rgb
 
 Pair = namedtuple("Pair", ("image", "mask"))  # two paths
+# Folders without splits: milesial's, labelme's VOC export, CVAT's.
+UNSPLIT = (("images", "masks"), ("JPEGImages", "SegmentationClassPNG"), ("JPEGImages", "SegmentationClass"))
+VAL_PERCENT = 10.0
 
 
 def find_classes(root: Path, data_name: str = "auto", label_format: str = "auto",
@@ -45,6 +49,9 @@ def find_classes(root: Path, data_name: str = "auto", label_format: str = "auto"
 def find_folders(root: Path, split: str) -> tuple[Path, Path]:
     """The folders of a split's images and masks. Raises UserError if one is missing."""
     images, labels, annot = (Path(root, f"{split}{end}") for end in ("", "_labels", "annot"))
+    unsplit = [pair for pair in UNSPLIT if all(Path(root, name).is_dir() for name in pair)]
+    if unsplit and split in ("train", "val") and not images.is_dir():
+        return Path(root, unsplit[0][0]), Path(root, unsplit[0][1])
     if not images.is_dir() or labels.is_dir() == annot.is_dir():
         needed = f"needs the folders {split} and either {split}_labels or {split}annot"
         raise UserError(f"{root}: {needed if Path(root).is_dir() else 'no such folder'}")
@@ -58,7 +65,9 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> tuple[list[Pair], list[str]]:
     problems = []
     for folder, paths in ((image_dir, images), (mask_dir, masks)):
         for path in sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES):
-            stem = path.stem if folder == image_dir or path.stem in images else path.stem.removesuffix("_L")
+            stem = path.stem
+            if folder == mask_dir and stem not in images:
+                stem = stem.removesuffix("_L").removesuffix("_mask")
             if paths.setdefault(stem, path) != path:
                 problems.append(f"{folder.name}: {paths[stem].name} and {path.name} share the name {stem}; keep one")
     problems += [f"{path.parent.name}/{path.name}: has no {'mask' if stem in images else 'image'} of the same name"
@@ -66,6 +75,37 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> tuple[list[Pair], list[str]]:
     if not images and not masks:
         problems.append(f"{image_dir} and {mask_dir.name}: no images ({' '.join(IMAGE_SUFFIXES)})")
     return [Pair(path, masks[stem]) for stem, path in images.items() if stem in masks], problems
+
+
+def find_split(root: Path, split: str, val_percent: float | None = None) -> tuple[list[Pair], list[str], Path]:
+    """The pairs of a split, every problem found, and the masks' folder. Raises UserError as `find_folders` does.
+
+    val_percent: of the images of a folder without splits for val, by default VAL_PERCENT.
+    """
+    image_dir, mask_dir = find_folders(root, split)
+    pairs, problems = find_pairs(image_dir, mask_dir)
+    if image_dir.name != split:
+        held = held_out([pair.image.stem for pair in pairs], val_percent or VAL_PERCENT)
+        pairs = [pair for pair in pairs if (pair.image.stem in held) == (split == "val")]
+        if not pairs and not problems:
+            problems = [f"{root}: has too few images for training and validation"]
+    return pairs, problems, mask_dir
+
+
+def held_out(stems: list[str], percent: float) -> set[str]:
+    """The names of ``percent`` of the images, or a little more: the smallest groups whose names differ only in the
+    number at their end, because neighbouring frames of a video are nearly equal. Of a single group its last images.
+    """
+    wanted, groups = max(1, round(len(stems) * percent / 100)), dict[str, list[str]]()
+    for stem in sorted(stems):
+        groups.setdefault(stem.rstrip("0123456789"), []).append(stem)
+    if len(groups) == 1:
+        return set(sorted(stems)[-wanted:])
+    held: set[str] = set()
+    for group in sorted(groups.values(), key=len)[:-1]:
+        if len(held) < wanted:
+            held.update(group)
+    return held
 
 
 def standard_split(stem: str) -> str | None:
@@ -113,13 +153,14 @@ class CamVidDataset(Dataset):
     transform, so that a sample does not depend on the process that reads it.
 
     max_side: longer images are shrunk to it, in pixels, and so are masks unless ``native_masks``; 0 shrinks none.
+    val_percent: of the images of a folder without splits for val.
     Raises UserError that lists every image and mask without its partner.
     """
 
     def __init__(self, root: Path, split: str, classes: ClassSet, transform: Any = None,
-                 label_format: str = "auto", max_side: int = 0, native_masks: bool = False):
-        image_dir, mask_dir = find_folders(root, split)
-        self.pairs, problems = find_pairs(image_dir, mask_dir)
+                 label_format: str = "auto", max_side: int = 0, native_masks: bool = False,
+                 val_percent: float | None = None):
+        self.pairs, problems, mask_dir = find_split(root, split, val_percent)
         if problems:
             raise UserError("\n  ".join([f"{root}: {len(problems)} problems", *problems]))
         self.classes, self.transform = classes, transform

@@ -12,7 +12,7 @@ import numpy as np
 
 from datasets import camvid
 from datasets.classes import CAMVID, UNKNOWN, ClassSet, table_of_masks
-from support.command import Parser, UserError, progress, run_command
+from support.command import Parser, UserError, number, progress, run_command
 from support.files import write_file
 from support.images import open_image, read_image, to_rgb
 
@@ -32,13 +32,13 @@ class SplitReport:
     unknown: list[str] = field(default_factory=list)  # the problems of masks with too many stray pixels
 
 
-def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto") -> SplitReport:
+def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto",
+                val_percent: float | None = None) -> SplitReport:
     """Decode every file of a split. Its problems, missing folders too, are in the report."""
     try:
-        image_dir, mask_dir = camvid.find_folders(root, split)
+        pairs, problems, mask_dir = camvid.find_split(root, split, val_percent)
     except UserError as error:
         return SplitReport(split, problems=[str(error)])
-    pairs, problems = camvid.find_pairs(image_dir, mask_dir)
     report = SplitReport(split, len(pairs), problems=problems)
     label_format = camvid.resolve_label_format(label_format, mask_dir, classes)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
@@ -122,7 +122,7 @@ def wrong_classes(root: Path, reports: list[SplitReport], classes: ClassSet) -> 
 
 def suggest_table(root: Path, splits: list[str]) -> list[str]:
     """`table_of_masks` of all splits. Raises UserError where there are no masks, or masks of ids."""
-    pairs = [pair for split in splits for pair in camvid.find_pairs(*camvid.find_folders(root, split))[0]]
+    pairs = [pair for split in splits for pair in camvid.find_split(root, split)[0]]
     return table_of_masks(pair.mask for pair in progress(pairs, desc="colours"))
 
 
@@ -134,9 +134,10 @@ def class_line(report: SplitReport, classes: ClassSet) -> str:
     return f"{what}, {where}{f'; {report.split} has no pixel of ' + ', '.join(absent) if absent else ''}"
 
 
-def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto") -> dict[str, SplitReport]:
+def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: str = "auto",
+               val_percent: float | None = None) -> dict[str, SplitReport]:
     """Reports by split. Raises UserError with the problems of all splits, one a line."""
-    reports = {split: check_split(root, split, classes, label_format) for split in splits}
+    reports = {split: check_split(root, split, classes, label_format, val_percent) for split in splits}
     if problems := all_problems(root, [*reports.values()], classes):
         listed = [f"{root}: {len(problems)} problems", *problems[:50], *(["…"] if len(problems) > 50 else [])]
         raise UserError("\n  ".join(listed) if len(problems) > 1 else problems[0])
@@ -184,6 +185,8 @@ def add_data_flags(parser: Parser, required: bool = False) -> None:
     add("--label_format", choices=("auto", "rgb", "ids", "segnet"), default="auto",
         help="masks hold RGB colours, class ids, or the SegNet copy's ids")
     add("--num_classes", type=int, metavar="N", help="number of classes in masks of ids; else checked")
+    add("--val_percent", type=number(float, 0.1, 90), metavar="P", help="of a folder with images/ and masks/ alone, "
+        f"held out for validation, with the frames of a video together; by default {camvid.VAL_PERCENT:.0f}")
 
 
 def get_args_parser() -> Parser:
@@ -201,7 +204,7 @@ def main(args) -> int:
     splits = [split for split in ("train", "val", "test")
               if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
     if not splits:
-        camvid.find_folders(root, "train")
+        splits, _ = ["train", "val"], camvid.find_folders(root, "train")
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")
@@ -209,7 +212,7 @@ def main(args) -> int:
         write_file(table, lambda path: path.write_text(text))
         print(f"{text}wrote {table}; now give the classes their names, and call what is to be ignored Void")
         return 0
-    reports = [check_split(root, split, classes, args.label_format) for split in splits]
+    reports = [check_split(root, split, classes, args.label_format, args.val_percent) for split in splits]
     problems, warning = all_problems(root, reports, classes), mixed_frames(root, splits)
     print("\n".join([class_line(reports[0], classes), *(describe(report, classes) for report in reports),
                      *([warning] if warning else []), f"{len(problems)} problems",

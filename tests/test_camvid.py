@@ -8,7 +8,7 @@ import torch
 from conftest import COLORS, COLORS32, MERGED, PALETTE, make_pair, opened, save, write_csv
 from PIL import Image
 
-from datasets.camvid import CamVidDataset, EpochSampler, find_classes, find_pairs, read_mask
+from datasets.camvid import CamVidDataset, EpochSampler, find_classes, find_pairs, held_out, read_mask
 from datasets.check import check_data
 from datasets.classes import CAMVID, CAMVID32, ClassSet
 from datasets.transforms import train_transform
@@ -127,3 +127,14 @@ def test_a_sample_depends_on_index_and_seed_alone(scenes):
         worker[0]  # an unseeded sample in between
         assert all(map(torch.equal, samples[key], worker[key])) and samples[key][1].dtype == torch.int64
     assert not any(torch.equal(samples[index, 1][0], samples[index, 2**32 - 1][0]) for index in range(4))
+
+
+@pytest.mark.parametrize("stems, percent, held", [
+    ([f"a{i:03}" for i in range(20)], 10, {"a018", "a019"}),  # one video: its end
+    ([f"{drive}_{i}" for drive in "abc" for i in range({"a": 50, "b": 6, "c": 40}[drive])], 5,
+     {f"b_{i}" for i in range(6)}),
+    ([f"{drive}_{i}" for drive in "abc" for i in range(30)], 40, {f"{drive}_{i}" for drive in "ab" for i in range(30)}),
+    (["left", "right"], 10, {"left"}), (["a1", "a2"], 1, {"a2"}), (["a1", "b1"], 90, {"a1"}),
+])
+def test_held_out_for_validation_are_whole_videos(stems, percent, held):
+    assert held_out(stems, percent) == held

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import COLORS, REPO, code_blocks, opened, save
+from conftest import COLORS, REPO, SMALL, code_blocks, opened, save
 from PIL import Image
 
 import train
@@ -114,6 +114,44 @@ def test_the_notebook(tmp_path, monkeypatch, capsys):
     assert ran == ["git", "cd", "pip", "python", "python"] and len(shown) == 6
     assert [image.size for image in shown[2:5]] == 3 * [(480, 360)] and shown[5].size == (96, 72)
     assert "'Road': '" in capsys.readouterr().out
+
+
+# As the tools write them: the folder of the masks, an image's and a mask's name, and what a mask holds.
+EXPORTS = {
+    "labelme": ("JPEGImages", "SegmentationClassPNG", "{}.jpg", "{}.png", "palette"),
+    "cvat": ("JPEGImages", "SegmentationClass", "{}.jpg", "{}.png", "colours"),
+    "milesial": ("images", "masks", "{}.jpg", "{}_mask.png", "colours"),
+    "label studio": ("images", "masks", "{}.jpg", "task-{}-annotation-7-by-1-tag-{}-0.png", "brushes"),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_exports_of_labelling_tools(tmp_path, call, monkeypatch, tool):
+    image_dir, mask_dir, image_name, mask_name, kind = EXPORTS[tool]
+    colors, ids = {"Road": (128, 64, 128), "Car": (64, 0, 128)}, np.repeat([0, 1, 2], 64).reshape(12, 16)
+    palette, data = np.array([(0, 0, 0), *colors.values()], np.uint8), tmp_path / "mydata"
+    (data / mask_dir).mkdir(parents=True)
+    for i in range(20):
+        save(data / image_dir / image_name.format(f"frame{i:02}"), np.full((12, 16, 3), 9, np.uint8))
+        if kind == "brushes":
+            for k, label in enumerate(colors, 1):
+                save(tmp_path / "brushes" / mask_name.format(i, label), np.uint8(255 * (ids == k)))
+            continue
+        mask = Image.fromarray(ids.astype(np.uint8))
+        mask.putpalette(palette.tobytes())
+        (mask if kind == "palette" else mask.convert("RGB")).save(data / mask_dir / mask_name.format(f"frame{i:02}"))
+    if kind == "brushes":
+        tasks = [{"id": i, "image": f"/data/upload/1/frame{i:02}.jpg"} for i in range(20)]
+        (tmp_path / "export.json").write_text(json.dumps(tasks))
+        monkeypatch.chdir(tmp_path)
+        exec(code_blocks("docs/own-data.md", "python")[0], {})
+    assert call("datasets.check", "--data_root", data, "--write_classes")[0] == 0
+    status, out, _ = call("datasets.check", "--data_root", data, "--val_percent", 20)
+    assert status == 0 and "train: 16 pairs" in out and "val: 4 pairs" in out and out.count("33.33%") == 6
+    flags = "--data_root", data, "--val_percent", 20, *SMALL, "--epochs", 1
+    if tool == "labelme":  # the checkpoint remembers the share, and evaluation takes the same images
+        assert call("train.py", *flags)[0] == 0
+        assert "unet_best.pth on val of" in (out := call("evaluate.py", "--data_root", data)[1]) and ", 4 images" in out
 
 
 @pytest.mark.slow
