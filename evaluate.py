@@ -4,6 +4,8 @@
     python evaluate.py --data_root data/CamVid --split val --checkpoint checkpoint/unet_best.pth --tta flip
     python evaluate.py --data_root data/CamVid --report report      then open report/index.html
 """
+from support.command import Parser, UserError, number, run_command  # isort: split
+
 import json
 import math
 from pathlib import Path
@@ -20,7 +22,6 @@ from datasets.transforms import eval_transform
 from inference.predictor import add_inference_flags
 from metric import SegmentationMetric, score_table
 from output.report import Report
-from support.command import Parser, UserError, number, run_command
 from support.device import default_workers, init_worker, select_amp_dtype, select_device
 from support.files import make_folder, write_file
 from training.checkpoints import default_checkpoint, load_predictor

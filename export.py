@@ -9,6 +9,8 @@ The ONNX input is `image`, (N, 3, H, W) float32, normalised; the output `logits`
 --with_preprocessing they are `photo`, (N, H, W, 3) uint8 RGB of any size, and `ids`, (N, H, W) uint8 class ids: images
 longer than max_side are shrunk to it inside. The file's metadata holds classes, normalize and max_side.
 """
+from support.command import Parser, RunError, UserError, run_command  # isort: split
+
 import importlib.util
 import json
 import logging
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.predictor import fold_batch_norm
-from support.command import Parser, RunError, UserError, run_command
 from support.files import atomic_path
 from training.checkpoints import default_checkpoint, load_model, release
 

@@ -5,6 +5,8 @@
     python predict.py --image_dir drive.mp4 --legend            a video: an overlay that browsers play
     python predict.py --demo                                    on the scenes that train.py --demo made
 """
+from support.command import Parser, UserError, number, run_command  # isort: split
+
 import argparse
 import os
 import sys
@@ -22,9 +24,8 @@ from inference.predictor import Predictor, add_inference_flags, predict_stream
 from inference.sources import VIDEO_SUFFIXES, find_images, output_names
 from output.report import Report
 from output.visualize import draw_legend, mask_image, overlay_image
-from support.command import Parser, UserError, number, run_command
 from support.device import select_amp_dtype, select_device
-from support.files import make_folder, write_file
+from support.files import locked, make_folder, write_file
 from support.images import limited_size, read_image
 from training.checkpoints import default_checkpoint, load_predictor
 
@@ -168,6 +169,12 @@ def open_checkpoint(path: Path, args) -> tuple[Predictor, ClassSet]:
 
 
 def main(args) -> int:
+    with locked(args.save_dir):
+        return run(args)
+
+
+def run(args) -> int:
+    """Predict what the flags name. Returns the exit status."""
     if args.image_dir is None:
         raise UserError("--image_dir PATH is needed: a folder of images, one file, or a pattern (or try --demo)")
     if args.demo and not args.checkpoint.is_file():
@@ -181,8 +188,8 @@ def main(args) -> int:
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
     names = dict(zip(images, output_names(images)))
-    for folder in filter(None, (args.save_dir, args.report)):
-        make_folder(folder)
+    if args.report:
+        make_folder(args.report)
     if left_out:
         print(left_out, file=sys.stderr)
     if video:

@@ -5,6 +5,8 @@
     python train.py --data_root data/CamVid                    on a GPU
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """
+from support.command import Parser, RunError, Terminated, UserError, number, run_command  # isort: split
+
 import copy
 import shlex
 import sys
@@ -27,7 +29,6 @@ from inference.predictor import TILE, Predictor, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
 from model import MODEL_NAMES, build_model
-from support.command import Parser, RunError, Terminated, UserError, number, run_command
 from support.device import default_workers, init_worker, repeatable, select_amp_dtype, select_device
 from training import distributed
 from training.checkpoints import load_checkpoint, load_weights
@@ -126,13 +127,20 @@ def build_network(args, num_classes: int) -> nn.Module:
 
 def main(args) -> int:
     files = RunFiles(args.checkpoint, args.model)
-    resolve_flags(args, files)
+    with files.held():
+        resolve_flags(args, files)
+        run(args, files)
+    return 0
+
+
+def run(args, files: RunFiles) -> None:
+    """Train as the flags say, from the data to the last epoch's table."""
     device = select_device(distributed.start_processes(args.device))
     amp_dtype = select_amp_dtype(args.amp, device)
     repeatable(args.deterministic)
     torch.manual_seed(args.seed)
     with distributed.main_process_first():
-        if args.demo and not args.data_root.is_dir():
+        if args.demo and not any(args.data_root.glob("[!.]*")):
             print(f"generating street scenes in {args.data_root}", flush=True)
             generate_dataset(args.data_root, DEMO_SCENES, DEMO_SIZE)
         classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
@@ -171,7 +179,6 @@ def main(args) -> int:
             cache.remove()
     distributed.end_processes()
     print_end(args, files, classes)
-    return 0
 
 
 def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
@@ -188,8 +195,7 @@ def prepare(args, files: RunFiles, state: TrainingState, config: dict) -> None:
         state.restore(Path(args.resume), config)
         print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}")
     here = args.resume and Path(args.resume).resolve() == files.path("last.pth").resolve()
-    keep = not here and not (args.demo and args.checkpoint == DEMO["checkpoint"])
-    files.prepare(config["train"], keep_earlier=keep)
+    files.prepare(config["train"], keep_earlier=not here)
     if not files.path("best.pth").is_file():
         state.best_miou = -1.0  # the best of a run that goes on in another folder is yet to come
 

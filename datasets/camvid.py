@@ -4,6 +4,7 @@
     root/train root/trainannot   root/val root/valannot …     the SegNet copy: ids 0 Sky … 10 Bicyclist, 11 void
     root/images root/masks                                    one folder, of which a part is held out for validation
 """
+import os
 import random
 import re
 from collections import namedtuple
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datasets.classes import CAMVID, CAMVID32, UNKNOWN, ClassSet
-from support.command import UserError
+from support.command import UserError, printable
 from support.images import IMAGE_SUFFIXES, open_image, read_image, shrink, to_rgb
 
 Pair = namedtuple("Pair", ("image", "mask"))  # two paths
@@ -33,7 +34,7 @@ def find_classes(root: Path, data_name: str = "auto", label_format: str = "auto"
     """
     table = Path(root) / "class_dict.csv"
     classes = CAMVID32 if data_name == "camvid32" else CAMVID
-    if data_name == "auto" and table.is_file():
+    if data_name == "auto" and os.path.lexists(table):
         classes = ClassSet.from_csv(table)
     elif data_name == "auto" and label_format == "ids":
         classes = ClassSet.numbered(num_classes)
@@ -74,7 +75,7 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> tuple[list[Pair], list[str]]:
                  for stem, path in (images | masks).items() if not (stem in images and stem in masks)]
     if not images and not masks:
         problems.append(f"{image_dir} and {mask_dir.name}: no images ({' '.join(IMAGE_SUFFIXES)})")
-    return [Pair(path, masks[stem]) for stem, path in images.items() if stem in masks], problems
+    return [Pair(path, masks[stem]) for stem, path in images.items() if stem in masks], [*map(printable, problems)]
 
 
 def find_split(root: Path, split: str, val_percent: float | None = None) -> tuple[list[Pair], list[str], Path]:
@@ -162,7 +163,7 @@ class CamVidDataset(Dataset):
                  val_percent: float | None = None):
         self.pairs, problems, mask_dir = find_split(root, split, val_percent)
         if problems:
-            raise UserError("\n  ".join([f"{root}: {len(problems)} problems", *problems]))
+            raise UserError(f"{root}: {len(problems)} problems", *problems)
         self.classes, self.transform = classes, transform
         self.label_format = resolve_label_format(label_format, mask_dir, classes)
         self.max_side, self.native_masks = max_side, native_masks

@@ -3,6 +3,8 @@
     python -m datasets.check --data_root data/CamVid
     python -m datasets.check --data_root mydata --write_classes     a class_dict.csv of the masks' colours, to be named
 """
+from support.command import Parser, UserError, number, printable, progress, run_command  # isort: split
+
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +14,6 @@ import numpy as np
 
 from datasets import camvid
 from datasets.classes import CAMVID, UNKNOWN, ClassSet, table_of_masks
-from support.command import Parser, UserError, number, progress, run_command
 from support.files import write_file
 from support.images import open_image, read_image, to_rgb
 
@@ -54,6 +55,8 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
                 report.unknown.append(problem)
             elif stray:
                 report.stray[pair.mask.name] = stray
+    if split != "train" and not (report.problems or report.unknown or report.pixels[classes.scored].any()):
+        report.problems.append(f"{split}: its {len(pairs)} masks hold no class: there is nothing to score")
     return report
 
 
@@ -104,6 +107,7 @@ def wrong_classes(root: Path, reports: list[SplitReport], classes: ClassSet) -> 
         found = f"{pixels[UNKNOWN] / pixels.sum():.1%} of the masks' pixels have none of their colours"
     elif train.any() and len(learnt) < 2:
         found = f"the masks of train hold {f'only {learnt[0]}' if learnt else 'no class'}: there is nothing to learn"
+        found += "; 255 counts as void" if train[UNKNOWN] else ""
     else:
         return None
     if not assumed:
@@ -140,7 +144,7 @@ def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: s
     reports = {split: check_split(root, split, classes, label_format, val_percent) for split in splits}
     if problems := all_problems(root, [*reports.values()], classes):
         listed = [f"{root}: {len(problems)} problems", *problems[:50], *(["…"] if len(problems) > 50 else [])]
-        raise UserError("\n  ".join(listed) if len(problems) > 1 else problems[0])
+        raise UserError(*"\n    ".join(listed if len(problems) > 1 else problems).split("\n    "))
     return reports
 
 
@@ -156,7 +160,7 @@ def describe(report: SplitReport, classes: ClassSet) -> str:
 
 def stray_line(report: SplitReport) -> str:
     """One line on the pixels of unknown colour or id, for the log."""
-    shown = ", ".join(f"{name} ({count})" for name, count in list(report.stray.items())[:3])
+    shown = printable(", ".join(f"{name} ({count})" for name, count in list(report.stray.items())[:3]))
     return (f"{report.split}: {sum(report.stray.values())} pixels of unknown colour or id in {len(report.stray)} masks "
             f"count as void: {shown}{' …' if len(report.stray) > 3 else ''}")
 

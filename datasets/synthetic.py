@@ -7,13 +7,14 @@ A scene is a list of flat faces: (class id, color, (..., corners, 3) points). A 
 near, on the image and the mask at once, so that both agree about what hides what. Lengths are metres: x to the right,
 y up, z ahead of the camera, and the ground is at y = 0.
 """
+from support.command import Parser, number, run_command  # isort: split
+
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 from datasets.classes import CAMVID
-from support.command import Parser, number, run_command
 from support.files import atomic_folder, make_folder
 
 VOID, SKY, BUILDING, POLE, ROAD, SIDEWALK, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(len(CAMVID))

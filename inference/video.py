@@ -22,8 +22,7 @@ class VideoReader:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.capture = cv2.VideoCapture(str(path))
+        self.capture = cv2.VideoCapture(opencv_name(path))
         self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.count = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         known, self.first = self.capture.read()
@@ -39,14 +38,23 @@ class VideoReader:
         self.capture.release()
 
 
+def opencv_name(path: Path) -> str:
+    """The name for OpenCV, which crashes on one that is not UTF-8. Raises UserError for such a name."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: rename it, videos need names in UTF-8") from None
+
+
 def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> tuple[int, str]:
     """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number and the codec's name.
 
-    The file appears when it is whole. Raises RunError if it cannot be written.
+    The file appears when it is whole. Raises RunError if it cannot be written, such as on a full disk: OpenCV does not
+    say so, and what was written is therefore read again.
     """
     count = 0
     with atomic_path(path) as temporary:
-        writers = ((name, cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*code), rate, size[::-1]))
+        writers = ((name, cv2.VideoWriter(opencv_name(temporary), cv2.VideoWriter.fourcc(*code), rate, size[::-1]))
                    for code, name in CODECS.items())
         codec, writer = next((pair for pair in writers if pair[1].isOpened()), ("", None))
         if writer is None:
@@ -57,4 +65,8 @@ def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int],
                 count += 1
         finally:
             writer.release()
+        written = cv2.VideoCapture(str(temporary))
+        readable = sum(1 for _ in iter(written.grab, False))
+        if readable != count:
+            raise RunError(f"{path}: cannot be written, {readable} of {count} frames can be read again (disk full?)")
     return count, codec

@@ -1,20 +1,54 @@
-"""What every command shares: its parser, one line for every error, exit statuses, signals, progress bars."""
+"""What every command shares: its parser, one line for every error, exit statuses, signals, progress bars.
+
+Commands import it before all else: it needs Python alone, and speaks for them while torch and the others load.
+"""
 import argparse
 import io
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import torch
-from tqdm import tqdm
+# What libraries say where the machine is at fault, not the program; and what to do.
+OUTSIDE = {
+    r"shared memory|</torch_": "/dev/shm is too small for the processes that load data; use --workers 0",
+    r"DataLoader worker": "a process that loads data was killed, perhaps for its memory; lower --workers",
+    r"MemoryError|out of memory|(can't|annot|nable to|ailed to) allocate|bad_alloc|ALLOC_FAILED|calculation overflowed|"
+    r"failed to map segment|start new thread":
+        "out of memory; lower --batch_size, --crop_size, --width, --tile or --workers",
+    r"Connection (closed|reset) by peer": "another process of this run has ended"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with escapes for what a terminal would obey or cannot show, line ends too, but for those in ``keep``."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: object) -> str:
+    """The beginning of an exception's text, without line breaks."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def original(text: str) -> str:
+    """The words of an exception; torch sends those of a loader's process at the end of a page with the traceback."""
+    return text.strip().rsplit("\n", 1)[-1].partition(": ")[2] if "\nOriginal Traceback" in text else text
 
 
 class UserError(ValueError):
-    """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with ``status``."""
+    """A mistake that one sentence explains: what is wrong, where, and what to do. Commands exit with ``status``.
+
+    lines: the sentence, and where it is a list what it lists; file names in them may hold anything.
+    """
 
     status = 2
+
+    def __init__(self, *lines: str):
+        super().__init__("\n  ".join(printable(original(line)) for line in lines))
 
 
 class RunError(UserError):
@@ -23,13 +57,64 @@ class RunError(UserError):
     status = 1
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of an exception's text, without line breaks."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 class Terminated(BaseException):
     """SIGTERM arrived."""
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line to print and the exit status of a command that an exception ends; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return f"error: {error}", error.status
+    if isinstance(error, Terminated):
+        return "terminated", 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        return "", 128 + 13  # SIGPIPE, which Windows does not name
+    if isinstance(error, OSError) and error.filename:
+        return "error: " + printable(f"{error.filename}: {error.strerror}"), 1
+    text = original(str(error))
+    for pattern, advice in OUTSIDE.items():
+        if re.search(pattern, f"{type(error).__name__}: {text}"):
+            return f"error: {advice}", 1
+    if isinstance(error, OSError):
+        return f"error: {printable(one_line(text))}", 1
+    if isinstance(error, ImportError):
+        return f"error: {one_line(text)}; pip install -r requirements.txt", 1
+    return None
+
+
+class Stream:
+    """stdout or stderr, in which what a terminal would obey is escaped, and that stays silent where it cannot write.
+
+    failure: the reason of the first. raises: the errors that end the command.
+    """
+
+    def __init__(self, stream: Any, raises: tuple[type[OSError], ...] = ()):
+        self.stream, self.raises = stream, raises
+        self.failure = ""  # not the error, whose frames would keep the loader's processes alive
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what no encoding knows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, printable(text, keep="\n\r\t"))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action: Callable, *args: str) -> None:
+        try:
+            action(*args)
+        except OSError as error:
+            self.failure = self.failure or str(error.strerror)
+            with open(os.devnull, "w") as nowhere:  # for what is left, which would be tried again and again
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            if isinstance(error, self.raises):
+                raise
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=DefaultsFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
 
 
 def number(kind: type, low: float, high: float = 2**31) -> Callable:
@@ -65,50 +150,67 @@ def is_main_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-def progress(iterable=None, **options) -> tqdm:
-    """A progress bar that leaves nothing behind; none outside a terminal, nor in torchrun's further processes."""
+def progress(iterable=None, **options) -> Any:
+    """tqdm's bar, which leaves nothing behind; none outside a terminal, nor in torchrun's further processes."""
+    from tqdm import tqdm
     return tqdm(iterable, leave=False, disable=None if is_main_process() else True, **options)
+
+
+def end_imports(name: str, error: BaseException) -> None:
+    """End the process, in one line if that is enough: libraries catch what is raised while they are imported."""
+    line, status = explain(error) or ("", 1)
+    print(f"{name}: {line}" if line else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def guard_imports(name: str) -> None:
+    """From now on `end_imports`, and streams that are closed are open to nowhere: a file would get their number."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, mode))
+    sys.excepthook = lambda kind, error, where: end_imports(name, error)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # ignored in the background of a shell
+        signal.signal(signal.SIGINT, lambda *_: end_imports(name, KeyboardInterrupt()))
 
 
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
     """Call ``main(args)``. Returns the exit status, and prints what went wrong as one line on stderr.
 
-    2 or 1: a UserError or a RunError. 1: any other failure, with its traceback. 128 + the signal's number: Ctrl-C,
-    SIGTERM, or a closed pipe.
+    2 or 1: a UserError or a RunError. 1: what the system or a library refuses, or a failure of the program, with its
+    traceback. 128 + the signal's number: Ctrl-C, SIGTERM, or a closed pipe.
     """
     def terminate(number: int, frame) -> None:
         raise Terminated
 
-    def complain(message: str) -> None:
-        print(f"{parser.prog}: {message}", file=sys.stderr)
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what no encoding knows
-    args = parser.parse_args()
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    streams, printed = (sys.stdout, sys.stderr), Stream(sys.stdout, raises=(BrokenPipeError,))
+    sys.stdout, sys.stderr = printed, Stream(sys.stderr)
     try:
+        args = parser.parse_args()
+        signal.signal(signal.SIGTERM, terminate)
+        if before[signal.SIGINT] != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(args) or 0
-        sys.stdout.flush()
+        printed.flush()
+        if printed.failure:
+            raise RunError(f"not everything could be printed ({printed.failure})")
         return status
-    except UserError as error:
-        complain(f"error: {error}")
-        return error.status
-    except torch.OutOfMemoryError:
-        complain("error: the GPU is out of memory; lower --batch_size, --crop_size, --width or --tile")
-        return 1
-    except BrokenPipeError:
-        # Nobody reads on; the interpreter would complain once more when it flushes what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # SIGPIPE, which Windows does not name
-    except Terminated:
-        complain("terminated")
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 128 + signal.SIGINT
-    except Exception:
-        # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
-        traceback.print_exc()
-        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:
+        line, status = explain(error) or (None, 1)
+        if line:
+            print(f"{parser.prog}: {line}", file=sys.stderr)
+        elif line is None:
+            # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
+            traceback.print_exc()
+        return status
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        sys.stdout, sys.stderr = streams
+
+
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main and Path(__file__).parents[1] in Path(_main).resolve().parents and not multiprocessing.parent_process():
+    guard_imports(Path(_main).name)

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 import sys
 
@@ -16,12 +17,12 @@ def select_device(name: str) -> torch.device:
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind in count if count[kind])
-    kind, _, index = name.partition(":")
-    if kind not in count or not (index or "0").isdecimal() or int(index or 0) >= count[kind]:
+    known = re.fullmatch("(cuda|mps|cpu)(?::([0-9]{1,4}))?", name)
+    if not known or int(known[2] or 0) >= count[known[1]]:
         raise UserError(f"--device {name} is not available here; use --device auto or cpu")
-    if kind == "cuda" and index:
-        torch.cuda.set_device(int(index))
-    if kind == "cpu":
+    if known[1] == "cuda" and known[2]:
+        torch.cuda.set_device(int(known[2]))
+    if known[1] == "cpu":
         keep_freed_memory()
     return torch.device(name)
 

@@ -1,26 +1,44 @@
-"""Files and folders that are whole or not there: written beside their place, then renamed."""
+"""Files and folders that are whole or not there, and folders that one process at a time may hold."""
 import contextlib
 import os
+import secrets
+import shlex
 import shutil
+import socket
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from support.command import RunError, UserError
+from support.command import RunError, UserError, printable
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+UNFINISHED, LOCK = ".unfinished-", ".lock"
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it is renamed: a fixed name, so that a run overwrites what a killed one left."""
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")
+def unfinished_path(folder: Path, suffix: str = "") -> Path:
+    """Where something is written before it is renamed: nobody can guess the name and put a link there."""
+    return folder / f"{UNFINISHED}{secrets.token_hex(8)}{suffix}"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path to write to, renamed over ``path`` when the block ends well: readers never see half a file.
 
-    Raises RunError if the file cannot be written; what stood at ``path`` then stays.
+    A link is replaced by the file; what it leads to stays. Raises UserError if ``path`` is or leads to anything but a
+    file, such as a folder or a device, and RunError if it cannot be written; what stood there then stays.
     """
-    temporary = temporary_path(path)
+    temporary = unfinished_path(path.parent, path.suffix)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path} is not a file that could be replaced; name another")
+        open(temporary, "xb").close()
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -34,32 +52,88 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with an `atomic_path`. Raises RunError if the file cannot be written."""
+    """Call ``write`` with an `atomic_path`. Raises UserError and RunError as it does."""
     with atomic_path(path) as temporary:
         write(temporary)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to ``path`` when the block ends well; else nothing of it stays.
+def locked(folder: Path, patience: float = 1) -> Iterator[Path]:
+    """Create a folder, keep other processes out of it, and clear it of what a killed one left unfinished.
 
-    Raises UserError if ``path`` is not empty or cannot be created, RunError if it cannot be written.
+    A folder that was created and stays empty is removed at the end.
+    patience: seconds to wait for another process; the system lets go of the lock of one that dies. Raises UserError
+    that names the process that holds the folder, or if the folder cannot be created, RunError if it cannot be locked.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is not an empty folder; name another, or remove it first")
-    temporary = temporary_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(path.parent)
+    there, path, deadline = folder.is_dir(), folder / LOCK, time.monotonic() + patience
     try:
-        temporary.mkdir()
-        yield temporary
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
+        while (lock := _lock(make_folder(folder) / LOCK)) is None:
+            if time.monotonic() > deadline:
+                holder = path.read_text(encoding="utf-8")
+                raise UserError(f"{folder} is in use by {holder}; wait for its end, or name another folder")
+            time.sleep(0.05)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise RunError(f"{folder}: cannot be locked ({error.strerror or error})") from None
+    try:
+        os.ftruncate(lock, 0)
+        command = printable(shlex.join(sys.argv))[:300]
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode())
+        for left in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else remove_file(left)
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lock), path.stat()):  # not that of a later run, if the folder was removed
+                path.unlink()
+            if not there:
+                folder.rmdir()
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the file for this process, children not included; None if another process has it."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except FileNotFoundError:  # its holder has just removed the folder
+        return None
+    try:
+        if sys.platform == "win32":
+            os.lseek(lock, 1 << 20, os.SEEK_SET)  # the text before stays readable
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+            os.lseek(lock, 0, os.SEEK_SET)
+        else:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), path.stat()):  # else its holder has removed it since
+            return lock
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass
+    except OSError as error:
+        print(f"warning: {path.parent} cannot be locked ({error.strerror}); keep other runs out of it", file=sys.stderr)
+        return lock
+    os.close(lock)
+    return None
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, whose content moves to ``path`` when the block ends well; else nothing of it stays.
+
+    ``path`` may be an empty folder, a link to one, or a mounted disk. Raises UserError if it is not empty or cannot be
+    created, RunError if it cannot be written.
+    """
+    with locked(path):
+        temporary = unfinished_path(path)
+        try:
+            if any(child.name != LOCK for child in path.iterdir()):
+                raise UserError(f"{path} is not an empty folder; name another, or remove it first")
+            temporary.mkdir()
+            yield temporary
+            for child in temporary.iterdir():
+                child.rename(path / child.name)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> Path:

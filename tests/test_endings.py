@@ -51,7 +51,7 @@ def wait_for(condition) -> None:
     ("datasets.check --data_root MANY",
      lambda cwd, proc: any("/many" in os.path.realpath(path) for path in proc.glob("fd/*")), signal.SIGTERM),
     ("datasets.synthetic --out out --size 96 72 --train 100000",
-     lambda cwd, proc: list(cwd.glob(".*/train_labels/*")), signal.SIGINT)])
+     lambda cwd, proc: list(cwd.glob("out/.*/train_labels/*")), signal.SIGINT)])
 def test_a_signal_leaves_what_is_finished_and_nothing_else(scenes, many, tmp_path, typed, at_work, number):
     words = [word.replace("SCENES", str(scenes)).replace("MANY", str(many)) for word in typed.split()]
     process = start(*words, cwd=tmp_path)

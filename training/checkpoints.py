@@ -63,7 +63,8 @@ def upgrade(path: Path, state: dict) -> dict:
 
 def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
     """The newest ``*_best.pth`` of a folder, else the shipped weights."""
-    return max(folder.glob("*_best.pth"), key=lambda path: path.stat().st_mtime, default=SHIPPED)
+    found = [path for path in folder.glob("*_best.pth") if path.is_file()]  # a link may lead nowhere
+    return max(found, key=lambda path: path.stat().st_mtime, default=SHIPPED)
 
 
 def load_weights(model: nn.Module, weights: dict, path: Path) -> None:

@@ -5,7 +5,9 @@
 Without torchrun everything here does nothing.
 """
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -39,6 +41,8 @@ def start_processes(device: str) -> str:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_torchelastic_launched():
         return device
+    if sys.platform == "linux":  # else a torchrun that is killed would leave its processes training
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus else "cpu"

@@ -1,4 +1,5 @@
 """A training run: the state that a resume restores, and the files in its folder."""
+import contextlib
 import csv
 import json
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from support.command import RunError, UserError, is_main_process, one_line
-from support.files import atomic_path, make_folder, remove_file, temporary_path, write_file
+from support.files import atomic_path, locked, write_file
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.recipe import WeightAverage
 
@@ -121,19 +122,23 @@ class RunFiles:
         """Where the file of that name, one of RUN_FILES, lies."""
         return self.folder / f"{self.model}_{name}"
 
+    def held(self) -> contextlib.AbstractContextManager:
+        """Keep other runs out of the folder. Raises UserError that names the one that is in it."""
+        return locked(self.folder) if is_main_process() else contextlib.nullcontext()
+
     def prepare(self, flags: dict, keep_earlier: bool) -> None:
-        """Create the folder, remove what a killed run was writing, and write the flags, plain types.
+        """Write the flags, plain types.
 
         keep_earlier: move the files of an earlier run into a folder of their own: training never costs a model.
         """
-        make_folder(self.folder)
         if not is_main_process():
             return
-        for name in RUN_FILES:
-            remove_file(temporary_path(self.path(name)))
         files = [path for path in map(self.path, RUN_FILES) if path.exists()]
         if keep_earlier and any(path.suffix == ".pth" for path in files):
-            aside = make_folder(self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}"))
+            aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}")
+            taken = len([*self.folder.glob(f"{aside.name}*")])  # clocks are set back, and seconds are long
+            aside = aside.with_name(f"{aside.name}_{taken + 1}") if taken else aside
+            aside.mkdir()
             for path in files:
                 path.rename(aside / path.name)
             print(f"moved the earlier run in {self.folder} to {aside}")

@@ -1,0 +1,174 @@
+"""The one way to write: whole, over files alone, under names that nobody can guess, and one run a folder."""
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO, SMALL
+
+from inference.video import write_video
+from support import files
+from support.command import RunError, UserError
+from support.files import atomic_folder, atomic_path, locked, write_file
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and limits as on POSIX systems")
+
+
+def put(path: Path, text: str = "new") -> None:
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))
+
+
+# What stands where a file is to be written, and what is said of it, if it is refused.
+PLACES = {
+    "nothing": (lambda path: None, None), "a file": (lambda path: path.write_text("old"), None),
+    "a link to a file": (lambda path: path.symlink_to("other"), None),
+    "a link to nothing": (lambda path: path.symlink_to("gone"), None),
+    "a folder": (Path.mkdir, "not a file"), "a pipe": (os.mkfifo, "not a file"), "a socket": (bind, "not a file"),
+    "a device": (lambda path: path.symlink_to(os.devnull), "not a file"),
+    "itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
+    "x" * 256: (lambda path: None, "too long"), "gone/below": (lambda path: None, "No such"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_file_is_written_over_a_file_or_nothing(tmp_path, monkeypatch, name):
+    """The link goes, what it leads to stays. Permissions are those of any new file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").write_text("other")
+    path, (make, said) = tmp_path / name, PLACES[name]
+    make(path)
+    before = sorted(os.listdir(tmp_path))
+    if said:
+        with pytest.raises(UserError, match=rf"\A[^\n]*{said}[^\n]*\Z"):
+            put(path)
+        assert sorted(os.listdir(tmp_path)) == before
+    else:
+        put(path)
+        assert path.read_text() == "new" and not path.is_symlink() and len(os.listdir(tmp_path)) == 2
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "other").read_text() == "other"
+
+
+def test_nobody_can_guess_where_a_file_is_written_and_what_is_there_is_not_followed(tmp_path, monkeypatch):
+    names = set()
+    for _ in range(100):
+        with atomic_path(tmp_path / "a.png") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 100 and all(name.endswith(".png") for name in names)
+    (tmp_path / "victim").write_text("old")
+    (tmp_path / ".unfinished-0").symlink_to("victim")
+    (tmp_path / ".lock").symlink_to("victim")
+    monkeypatch.setattr(files, "unfinished_path", lambda folder, suffix="": folder / ".unfinished-0")
+    with pytest.raises(RunError, match="exists"):
+        put(tmp_path / "b")
+    with pytest.raises(RunError, match="cannot be locked"), locked(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "old"
+
+
+@pytest.mark.parametrize("limit", [0, 5_000, 30_000])
+def test_a_video_on_a_full_disk_is_a_failure(tmp_path, limit):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 72, 96, 3), dtype=np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(RunError, match=r"out.mp4: cannot be written"):
+            write_video(tmp_path / "out.mp4", iter(frames), (72, 96), 25)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+# Ten processes at the same instant: each that gets in notes it, stays, and notes when it leaves.
+RUSH = """
+import os, sys, time
+from pathlib import Path
+from support.command import UserError
+from support.files import locked
+log, folder, patience = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), Path("shared"), float(sys.argv[1])
+for i in range(9):
+    if os.fork() == 0:
+        break
+try:
+    with locked(folder, patience):
+        os.write(log, b"in ")
+        time.sleep(0.05 if patience else 2)
+        os.write(log, b"out ")
+except UserError as error:
+    os.write(log, b"refused " if "in use by process" in str(error) and "-c" in str(error) else b"wrong ")
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+
+
+@pytest.mark.parametrize("patience, expected", [(30, "in out " * 10), (0, "in " + "refused " * 9 + "out ")])
+def test_one_process_at_a_time_holds_a_folder(tmp_path, patience, expected):
+    subprocess.run([sys.executable, "-c", RUSH, str(patience)], cwd=tmp_path, timeout=120, check=True,
+                   env=os.environ | {"PYTHONPATH": str(REPO)})
+    assert (tmp_path / "log").read_text() == expected
+
+
+def test_a_killed_run_lets_go_and_the_next_clears_what_it_left(tmp_path):
+    code = ("import os, sys; from pathlib import Path; from support.files import *\nwith locked(Path('d')):\n"
+            " with atomic_path(Path('d/a')):\n  (Path('d') / f'{UNFINISHED}b').mkdir(); print('in', flush=True)\n"
+            "  os.fork(); sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(REPO)})
+    assert process.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match=f"in use by process {process.pid} on "), locked(tmp_path / "d"):
+        pass
+    process.kill()
+    process.wait()
+    assert len(os.listdir(tmp_path / "d")) == 3
+    with locked(tmp_path / "d"):  # its child lives on
+        assert os.listdir(tmp_path / "d") == [".lock"]
+    assert os.listdir(tmp_path / "d") == []
+    process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["new", "empty", "a link"])
+def test_a_folder_is_filled_whole_or_left_as_it_was(tmp_path, kind):
+    """A mounted disk and a link can be filled, but not replaced."""
+    path = tmp_path / "data"
+    (tmp_path / "disk").mkdir()
+    if kind != "new":
+        path.symlink_to("disk") if kind == "a link" else path.mkdir()
+    inode = path.exists() and path.stat().st_ino
+    for failure in (KeyboardInterrupt, None):
+        try:
+            with atomic_folder(path) as folder:
+                (folder / "train").mkdir()
+                if failure:
+                    raise failure
+        except KeyboardInterrupt:
+            assert path.exists() == (kind != "new") and not list(path.glob("*"))
+    assert os.listdir(path) == ["train"] and path.stat().st_ino == (inode or path.stat().st_ino)
+    with pytest.raises(UserError, match="not an empty folder"), atomic_folder(path):
+        pass
+
+
+@pytest.mark.parametrize("command", ["train.py", "predict.py"])
+def test_the_second_run_in_a_folder_is_refused_and_says_who_is_there(scenes, tmp_path, call, command):
+    folder = tmp_path / "shared"
+    flags = ("--data_root", scenes, *SMALL, "--checkpoint") if command == "train.py" else (
+        "--image_dir", scenes / "val", "--save_dir")
+    code = f"from support.files import *\nwith locked(Path({str(folder)!r})): print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(REPO)})
+    process.stdout.readline()
+    status, _, err = call(command, *flags, folder)
+    assert status == 2 and err.count("\n") == 1 and f"in use by process {process.pid} on " in err
+    process.communicate(b"\n")
+    assert call(command, *flags, folder)[0] == 0
