@@ -16,8 +16,8 @@ from typing import Any
 
 # What libraries say where the machine is at fault, not the program; and what to do.
 OUTSIDE = {
-    r"shared memory|</torch_": "/dev/shm is too small for the processes that load data; use --workers 0",
-    r"DataLoader worker": "a process that loads data was killed, perhaps for its memory; lower --workers",
+    r"DataLoader worker|shared memory|</torch_":
+        "a process that loads data was lost, perhaps for too little memory or /dev/shm; lower --workers",
     r"MemoryError|out of memory|(can't|annot|nable to|ailed to) allocate|bad_alloc|ALLOC_FAILED|calculation overflowed|"
     r"failed to map segment|start new thread":
         "out of memory; lower --batch_size, --crop_size, --width, --tile or --workers",
