@@ -35,7 +35,8 @@ class FrameCache:
 
     def _write(self) -> None:
         index = np.zeros((len(self.dataset), 5), np.int64)
-        with (open(self.path, "wb") as file, ThreadPoolExecutor() as pool,
+        self.path.unlink(missing_ok=True)
+        with (open(self.path, "xb") as file, ThreadPoolExecutor() as pool,
               progress(total=len(index), desc="decoding", unit="image") as bar):
             file.write(index.tobytes())
             for i in range(len(index)):
