@@ -1,4 +1,5 @@
 """From an image and mask as read to tensors: with augmentation for training, without for evaluation."""
+import math
 import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
@@ -20,11 +21,13 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
     scale: the lowest and highest factor for both sides. jitter: brightness, contrast and saturation change by a
     factor of at most 1 ± jitter, the hue by at most jitter / 10. There is no vertical flip: streets are upright.
     """
+    padding: dict = {"fill": [round(255 * mean) for mean in IMAGENET_MEAN], "fill_mask": void_id}
+    least = math.ceil(1 / scale[0])  # pixels of which one is left at the lowest scale
     return A.Compose([
+        A.PadIfNeeded(least, least, **padding),
         A.RandomScale((scale[0] - 1, scale[1] - 1), interpolation=cv2.INTER_LINEAR,
                       mask_interpolation=cv2.INTER_NEAREST, area_for_downscale="image", p=1),
-        A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random",
-                     fill=[round(255 * mean) for mean in IMAGENET_MEAN], fill_mask=void_id),
+        A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random", **padding),
         A.HorizontalFlip(p=0.5),
         A.ColorJitter(*3 * [(1 - jitter, 1 + jitter)], hue=(-jitter / 10, jitter / 10), p=0.8 if jitter else 0),
         A.Normalize(IMAGENET_MEAN, IMAGENET_STD),

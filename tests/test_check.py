@@ -1,11 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import COLORS, PALETTE, SMALL, compare_per_class, make_pair, opened, save
 from PIL import Image
 
 from datasets import check
-from datasets.camvid import CamVidDataset
-from datasets.classes import CAMVID
+from datasets.camvid import CamVidDataset, find_classes
+from datasets.classes import CAMVID, ClassSet
 from support.command import UserError
 
 # Stem of a pair: what breaks its image or mask, and what is said of it; those of the names come first.
@@ -89,6 +91,35 @@ def test_unknown_ids(tmp_path, value, wrong):
     report = check.check_split(tmp_path, "train", CAMVID, "ids")
     assert [problem.split(": ")[-1] for problem in report.unknown] == [f"({value}) × 100"] * wrong
     assert wrong or (report.pixels[value], report.pixels[1], report.stray) == (100, 92, {})
+
+
+@pytest.mark.parametrize("values, names, said", [
+    ((0, 255), None, "0 and 255 alone, which as ids are class 0 and void"), ((255,), None, "no pixel of its 1 masks"),
+    ((0, 255), "Void", "no pixel of its 1 masks"), ((0, 1), None, None), ((0, 1, 255), "Void", None)])
+def test_masks_that_teach_nothing_are_a_problem(tmp_path, values, names, said):
+    ids = np.resize(values, (12, 16))
+    for split in ("train", "val"):
+        save(make_pair(tmp_path, "a", np.zeros((12, 16), int), split)[1], ids.astype(np.uint8))
+    classes = ClassSet((names or "class 0", "class 1"), ((0, 0, 0), (1, 1, 1)), 0 if names else None)
+    if said:
+        _, *problems = error_of(check.check_data, tmp_path, ["train", "val"], classes, "ids").splitlines()
+        assert [said in problem for problem in problems] == [True, True] and "train_labels" in problems[0]
+    else:
+        assert check.check_data(tmp_path, ["train", "val"], classes, "ids")["val"].pixels[values[0]]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_a_table_of_classes_that_cannot_be_read_is_not_passed_over(scenes, tmp_path, make):
+    make(tmp_path / "class_dict.csv")
+    assert "class_dict.csv: cannot be read" in error_of(find_classes, tmp_path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 2), (16, 16)])
+def test_small_frames_train(tmp_path, call, size):
+    for split in ("train", "val"):
+        for stem in "ab":
+            make_pair(tmp_path / "data", stem, np.random.default_rng(0).integers(1, 12, size), split)
+    assert call("train.py", "--data_root", "data", *SMALL, "--scale", 0.1, 0.4)[0] == 0
 
 
 def test_command_on_good_data(scenes, call):

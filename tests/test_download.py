@@ -46,12 +46,12 @@ def make_archive(path: Path, layout: str = "segnet", leave_out: str = "", spoil:
 
 
 @contextlib.contextmanager
-def sending(content: bytes, announced: int) -> Iterator[str]:
-    """The address of a server that announces so many bytes and sends ``content``, once."""
+def sending(answer: bytes) -> Iterator[str]:
+    """The address of a server that sends ``answer``, once."""
     def send() -> None:
         with server.accept()[0] as connection:
             connection.recv(9999)
-            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % announced + content)
+            connection.sendall(answer)
 
     with socket.create_server(("localhost", 0)) as server:
         threading.Thread(target=send, daemon=True).start()
@@ -63,7 +63,8 @@ def test_an_archive_becomes_the_standard_split(call, tmp_path, layout, online):
     archive, root = tmp_path / "archive.zip", tmp_path / "CamVid"
     content = make_archive(archive, layout)
     root.mkdir()  # an empty folder is filled
-    with sending(content, len(content)) if online else contextlib.nullcontext(archive) as source:
+    answer = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+    with sending(answer) if online else contextlib.nullcontext(archive) as source:
         status, _, err = call("datasets.download", "--out", root, "--from", source)
     assert status == 0 and not err
     assert {path.name for path in root.iterdir()} == {s + e for s in STEMS for e in ("", "_labels")}
@@ -83,12 +84,31 @@ def test_the_check_warns_of_a_random_split(call, tmp_path):
     assert standard_split("scene_0001") is standard_split("0001TP") is None
 
 
+def pack(name: str, content: bytes, method: int = zipfile.ZIP_DEFLATED, flags: int = 0):
+    """Writes an archive of one file."""
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr(name, content)
+        if flags:  # general purpose, in the local and in the central header
+            data = bytearray(path.read_bytes())
+            for magic, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+                data[data.index(magic) + offset] |= flags
+            path.write_bytes(data)
+    return write
+
+
+FRAME = "CamVid/train/0001TP_006690.png"
+
+
 @pytest.mark.parametrize("make, said", [
     (lambda path: path.write_bytes(b"no archive"), "not a zip archive of CamVid"),
     (lambda path: path.write_bytes(make_archive(path).replace(b"IDAT", b"IDAD")), "Bad CRC"),
     (lambda path: make_archive(path, leave_out="0016E5_08001"), "'val': 100"),
-    (lambda path: make_archive(path, spoil="0006R0_f00930"), "0006R0_f00930.png: cannot be read"),
-    (lambda path: None, "no such file")])
+    (lambda path: make_archive(path, spoil="0006R0_f00930"), "train_labels/0006R0_f00930.png: cannot be read"),
+    (pack(FRAME, bytes(99), flags=1), "is encrypted"), (pack(FRAME, bytes(99), zipfile.ZIP_LZMA), "99 bytes long"),
+    (pack(FRAME, bytes(20_000_000)), "20,000,000 bytes"), (pack(FRAME, bytes(99), zipfile.ZIP_BZIP2), "so packed"),
+    (pack("a/../../evil.png", b""), "it holds"), (pack("bomb.bin", bytes(20_000_000)), "it holds"),
+    (Path.mkdir, "no such file"), (lambda path: None, "no such file")])
 def test_broken_archives_leave_nothing(call, tmp_path, make, said):
     make(tmp_path / "archive.zip")
     status, _, err = call("datasets.download", "--out", "CamVid", "--from", "archive.zip")
@@ -96,9 +116,18 @@ def test_broken_archives_leave_nothing(call, tmp_path, make, said):
     assert {path.name for path in tmp_path.iterdir()} <= {"archive.zip"}
 
 
-def test_failed_downloads_leave_nothing(call, tmp_path):
-    with sending(bytes(1000), 2000) as half:
-        for url, said in ((half, "too early"), ("http://localhost:1/a.zip", "refused"), ("x://", "unknown")):
-            status, _, err = call("datasets.download", "--out", "CamVid", "--from", url)
-            assert status == 1 and said in err and "--from FILE" in err and err.count("\n") == 1
-            assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("answer, said", [
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 2000\r\n\r\nhalf", "1,996 bytes too early"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf", "IncompleteRead"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\nhalf", "IncompleteRead"),
+    (b"HTTP/1.0 200 OK\r\n" + 200 * b"A: b\r\n" + b"\r\n", "headers"), (b"\x1b[31m\n\n", r"\x1b[31m"),
+    (b"", "closed"),
+    (b"HTTP/1.0 404 Gone\x1b\r\n\r\n", "404"), (b"HTTP/1.0 200 OK\r\n\r\n" + bytes(5000), "larger than 4,096"),
+    ("http://localhost:1/a.zip", "refused"), ("http://localhost:port/", "port"), ("x://", "unknown"),
+    ("http://[::/", "Invalid IPv6"), ("file:///nowhere.zip", "nowhere.zip"), ("http://a b/", "control")])
+def test_failed_downloads_leave_nothing(call, tmp_path, monkeypatch, answer, said):
+    monkeypatch.setattr("datasets.download.LARGEST", 4096)
+    with contextlib.nullcontext(answer) if isinstance(answer, str) else sending(answer) as url:
+        status, _, err = call("datasets.download", "--out", "CamVid", "--from", url)
+    assert status == 1 and said in err and "--from FILE" in err and err.count("\n") == 1 and "\x1b" not in err
+    assert not list(tmp_path.iterdir())
