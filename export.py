@@ -130,6 +130,8 @@ def get_args_parser() -> Parser:
 
 def main(args) -> int:
     checkpoint, found = args.checkpoint or default_checkpoint(), "half precision"
+    if args.out.resolve() == checkpoint.resolve():
+        raise UserError(f"--out {args.out}: is the checkpoint itself; name another file")
     if args.out.suffix == ".onnx":
         found = export_onnx(checkpoint, args.out, args.with_preprocessing)
     elif args.out.suffix == ".pth" and args.with_preprocessing:

@@ -237,14 +237,13 @@ def get_args_parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder for the scenes")
     for split, count in (("train", 200), ("val", 40), ("test", 10)):
         parser.add_argument(f"--{split}", type=number(int, 1), default=count, help=f"number of scenes in {split}")
-    parser.add_argument("--size", type=number(int, 1), nargs=2, default=(480, 360), metavar=("W", "H"), help="pixels")
+    parser.add_argument("--size", type=number(int, 1, 2**14), nargs=2, default=(480, 360), help="width, height, pixels")
     return parser
 
 
 def main(args) -> None:
-    counts = {"train": args.train, "val": args.val, "test": args.test}
-    generate_dataset(args.out, counts, args.size)
-    print(f"{sum(counts.values())} scenes in {args.out}")
+    generate_dataset(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.size)
+    print(f"{args.train + args.val + args.test} scenes in {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,13 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=240)
     assert process.returncode == status and "Traceback" not in err, out + err
     return out, err
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture

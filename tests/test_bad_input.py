@@ -150,11 +150,18 @@ def test_flags(call, tmp_path, scenes, command, flag, text):
     ("predict.py --image_dir TMP --save_dir TMP", "--save_dir"), ("predict.py IMAGES --tile 63", "--tile"),
     ("export.py --out a.tflite", ".onnx or .pth"), ("export.py --out m.pt", ".onnx or .pth"),
     ("export.py --out m.pth --with_preprocessing", "--with_preprocessing"),
+    ("export.py --out .", ".onnx or .pth"),
+    ("export.py --out checkpoint/unet_last.pth --checkpoint checkpoint/unet_last.pth", "is the checkpoint itself"),
+    ("predict.py IMAGES --device cpu:", "--device cpu:"), ("datasets.synthetic --out a --size 9 99999", "--size"),
+    ("train.py DATA --device cuda:" + 30 * "9", "--device"), ("train.py DATA --epochs 1" + 30 * "0", "--epochs"),
+    ("predict.py --image_dir TMP/caf\udce9.mp4", r"caf\udce9.mp4: rename it"),
 ])
 def test_mistakes_change_nothing(call, trained, scenes, tmp_path, typed, said):
     """In a folder with a trained model; test_checkpoints.py has broken checkpoints, test_check.py broken data."""
     for name in ("a.png", "a.jpg", "a_jpg.png"):  # the first two make a_png and a_jpg
         save(tmp_path / name, NOISE)
+    with contextlib.suppress(OSError):  # a system may have no such names
+        (tmp_path / "caf\udce9.mp4").touch()
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nroad,1,2\ncar,3,4,5\n")
     (tmp_path / "empty").mkdir()
     typed = typed.replace("DATA", "--data_root SCENES").replace("IMAGES", "--image_dir SCENES/val")

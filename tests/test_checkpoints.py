@@ -111,6 +111,7 @@ def test_failed_write_leaves_the_earlier_file(monkeypatch, tmp_path, failure):
 
 def test_default_checkpoint_is_the_newest_best_else_the_shipped_one(tmp_path):
     assert default_checkpoint(tmp_path) == SHIPPED and SHIPPED.is_file()
+    (tmp_path / "e_best.pth").symlink_to("gone")
     for age, name in [(300, "a_best.pth"), (100, "b_best.pth"), (200, "c_best.pth"), (0, "d_last.pth")]:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, load, rows
+from conftest import REPO, SMALL, load, rows, wait_for
 from torch.utils.data import DataLoader
 
 from datasets.camvid import CamVidDataset, EpochSampler
@@ -62,6 +62,20 @@ def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     scores, expected = load(tmp_path)["scores"], validate(predictor, loader, SegmentationMetric(12, 0))
     assert scores["pixels"] == expected["pixels"].tolist()
     assert scores["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_killed_torchrun_leaves_no_process_training(scenes, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py",
+               "--data_root", scenes, *SMALL, "--epochs", 10_000]
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    wait_for(lambda: (tmp_path / "checkpoint" / "unet_last.pth").exists())
+    process.kill()
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.killpg(process.pid, 0))
 
 
 @pytest.mark.parametrize("size, processes, batch", [(16, 2, 4), (17, 2, 3), (5, 3, 1), (2, 4, 1)])

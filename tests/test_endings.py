@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SMALL, finish, load, opened, start
+from conftest import REPO, SMALL, finish, load, opened, start, wait_for
 
 import train
 from training.engine import NonFiniteLoss
@@ -29,13 +29,6 @@ def many(scenes, tmp_path_factory) -> Path:
         for i in range(MANY):
             os.link(sorted((scenes / folder).iterdir())[i % 2], root / folder / f"{i:05}.png")
     return root
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # A command, what shows that it is at work (a file that it wrote, both workers, because importing starts a process too,

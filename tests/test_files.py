@@ -14,6 +14,7 @@ from inference.video import write_video
 from support import files
 from support.command import RunError, UserError
 from support.files import atomic_folder, atomic_path, locked, write_file
+from training.run import RunFiles
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and limits as on POSIX systems")
 
@@ -158,6 +159,14 @@ def test_a_folder_is_filled_whole_or_left_as_it_was(tmp_path, kind):
     assert os.listdir(path) == ["train"] and path.stat().st_ino == (inode or path.stat().st_ino)
     with pytest.raises(UserError, match="not an empty folder"), atomic_folder(path):
         pass
+
+
+def test_runs_set_aside_within_a_second_or_after_the_clock_went_back_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: "2001-01-01_000000")
+    for i in range(12):
+        (tmp_path / "unet_best.pth").write_text(str(i))
+        RunFiles(tmp_path, "unet").prepare({}, keep_earlier=True)
+    assert sorted(int(path.read_text()) for path in tmp_path.glob("unet_until_*/unet_best.pth")) == [*range(12)]
 
 
 @pytest.mark.parametrize("command", ["train.py", "predict.py"])
