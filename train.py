@@ -24,7 +24,7 @@ from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, class_line, stray_line
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
+from datasets.transforms import eval_transform, train_transform
 from inference.predictor import TILE, Predictor, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
@@ -35,7 +35,8 @@ from training.checkpoints import load_checkpoint, load_weights
 from training.engine import NonFiniteLoss, train_one_epoch, validate
 from training.monitor import Monitor
 from training.recipe import WeightAverage, add_recipe_flags, build_optimizer, build_scheduler, resolve_recipe
-from training.run import RunFiles, TrainingState
+from training.run import KEPT_FLAGS, RunFiles, TrainingState, begin, describe, resumed_file, stored_flags
+from training.schema import MAX_WIDTH
 
 CACHE_LIMIT = 2 << 30  # bytes of decoded images
 # The demo has three minutes on two CPU cores: small images, many small steps, a schedule that ends in time.
@@ -50,7 +51,8 @@ def get_args_parser() -> Parser:
     add_data_flags(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_NAMES, default="unet", help="network")
-    add("--width", type=number(int, 1), metavar="N", help="channels at full size; by default 64, ResNet encoders 16")
+    add("--width", type=number(int, 1, MAX_WIDTH), metavar="N",
+        help="channels at full size; by default 64, ResNet encoders 16")
     add("--pretrained", action="store_true", help="start a ResNet encoder from ImageNet weights")
     add_recipe_flags(parser)
     add = parser.add_argument_group("run").add_argument
@@ -71,16 +73,31 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def resolve_flags(args, files: RunFiles) -> None:
-    """Fill in the defaults that depend on other flags, and refuse combinations that make no sense."""
+def resolve_flags(args) -> tuple[RunFiles, dict | None]:
+    """Fill in the defaults that depend on other flags or on a checkpoint's, and refuse what makes no sense.
+
+    Returns the files of the run, and the checkpoint of --resume, else of --init_from.
+    """
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with train/ and train_labels/ (or try --demo)")
+    if args.init_from and args.resume not in (None, "auto"):
+        raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
+    checkpoint = load_checkpoint(args.init_from) if args.init_from else None
+    if checkpoint:
+        model = checkpoint["config"]["model"]
+        described = {"model": model["name"], "width": model["options"]["width"]}
+        vars(args).update(stored_flags(get_args_parser(), described, described, args.init_from))
+        if described != {key: getattr(args, key) for key in described}:
+            raise UserError("{}: holds a {model} of width {width}; leave --model and --width out".format(args.init_from,
+                                                                                                   **described))
+    path = resumed_file(args.resume, RunFiles(args.checkpoint, args.model))
+    if path:
+        checkpoint = load_checkpoint(path, training=True)
+        vars(args).update(stored_flags(get_args_parser(), checkpoint["config"]["train"], KEPT_FLAGS, path))
+    args.resume = str(path) if path else None
     resolve_recipe(args)
     args.val_every = args.val_every or max(1, args.epochs // 25)
-    if args.resume == "auto":
-        args.resume = str(files.path("last.pth")) if files.path("last.pth").is_file() else None
-    elif args.resume and args.init_from:
-        raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
+    return RunFiles(args.checkpoint, args.model), checkpoint
 
 
 def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.device) -> tuple[DataLoader, DataLoader]:
@@ -113,28 +130,27 @@ def cache_frames(files: RunFiles, datasets: list[Any], reports: dict[str, SplitR
     return [dataset.cache for dataset in datasets]
 
 
-def build_network(args, num_classes: int) -> nn.Module:
+def build_network(args, classes: ClassSet, checkpoint: dict | None) -> nn.Module:
     """The network, with the weights of --pretrained or --init_from. Raises UserError where they cannot be had."""
     pretrained = {"pretrained": True} if args.pretrained and not args.resume else {}
     try:
-        model = build_model(args.model, num_classes, width=args.width, **pretrained)
+        model = build_model(args.model, len(classes), width=args.width, **pretrained)
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    if args.init_from and not args.resume:
-        load_weights(model, load_checkpoint(args.init_from)["state_dict"], args.init_from)
+    if checkpoint and not args.resume:
+        print(f"{args.init_from}: {load_weights(model, checkpoint, classes)}; learning rate {args.lr:g}")
     return model
 
 
 def main(args) -> int:
-    files = RunFiles(args.checkpoint, args.model)
-    with files.held():
-        resolve_flags(args, files)
-        run(args, files)
+    with RunFiles(args.checkpoint, args.model).held():
+        run(args)
     return 0
 
 
-def run(args, files: RunFiles) -> None:
+def run(args) -> None:
     """Train as the flags say, from the data to the last epoch's table."""
+    files, checkpoint = resolve_flags(args)
     device = select_device(distributed.start_processes(args.device))
     amp_dtype = select_amp_dtype(args.amp, device)
     repeatable(args.deterministic)
@@ -146,16 +162,17 @@ def run(args, files: RunFiles) -> None:
         classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
         reports = check_data(args.data_root, ["train", "val"], classes, args.label_format, args.val_percent)
         train_loader, val_loader = build_loaders(args, classes, reports["val"].sizes, device)
-    model = build_network(args, len(classes)).to(device).to(memory_format=torch.channels_last)  # a fifth faster on CPUs
+    model = build_network(args, classes, checkpoint).to(device)
+    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs
     optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)
     steps = len(train_loader)
-    scheduler = build_scheduler(args.scheduler, optimizer, args.lr, args.epochs * steps, args.step_size * steps,
-                                args.gamma)
+    scheduler = build_scheduler(args.scheduler, optimizer, args.epochs * steps, args.step_size * steps, args.gamma)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     ema = WeightAverage(model, args.ema) if args.ema else None
     state = TrainingState(model, optimizer, scheduler, scaler, ema, steps)
     config = describe(args, classes, reports)
-    prepare(args, files, state, config)
+    begin(args, files, state, config, checkpoint)
+    del checkpoint  # its memory
     for report in reports.values():
         print(f"{report.split}: {report.pairs} images" + (f"\n{stray_line(report)}" if report.stray else ""))
     print(class_line(reports["train"], classes))
@@ -179,25 +196,6 @@ def run(args, files: RunFiles) -> None:
             cache.remove()
     distributed.end_processes()
     print_end(args, files, classes)
-
-
-def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
-    """What a checkpoint says of itself."""
-    return {"model": {"name": args.model, "options": {"width": args.width}}, "classes": classes.to_dict(),
-            "normalize": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "max_side": args.max_side or max(map(max, reports["train"].sizes)),
-            "train": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}}
-
-
-def prepare(args, files: RunFiles, state: TrainingState, config: dict) -> None:
-    """Restore the run of --resume, and clear its folder for it."""
-    if args.resume:
-        state.restore(Path(args.resume), config)
-        print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}")
-    here = args.resume and Path(args.resume).resolve() == files.path("last.pth").resolve()
-    files.prepare(config["train"], keep_earlier=not here)
-    if not files.path("best.pth").is_file():
-        state.best_miou = -1.0  # the best of a run that goes on in another folder is yet to come
 
 
 def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: ClassSet, train_loader: Any,
@@ -242,7 +240,8 @@ def print_epoch(epoch: int, epochs: int, row: dict[str, float], best: bool, seco
 def print_end(args, files: RunFiles, classes: ClassSet) -> None:
     """The best epoch's table, and what to run next."""
     best, data = shlex.quote(str(files.path("best.pth"))), shlex.quote(str(args.data_root))
-    table = score_table(load_checkpoint(files.path("best.pth"))["scores"], classes.names, classes.ignore_index)
+    scores = load_checkpoint(files.path("best.pth"))["scores"]
+    table = score_table(scores, classes.names, classes.ignore_index) if scores else ""
     predict = "--demo" if args.demo else f"--image_dir IMAGES --checkpoint {best}"
     print(f"\nbest epoch, {best}:\n{table}\n\npictures: {files.path('panel.png')} (image, mask, prediction), "
           f"{files.path('curves.png')}\nnext:\n  python predict.py {predict}\n"

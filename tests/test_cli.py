@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import train
 from datasets import synthetic
 from datasets.classes import CAMVID
 from metric import score_table
+from training.recipe import build_scheduler
 
 
 def evaluate(call, cwd: Path, *flags) -> dict:
@@ -110,20 +112,61 @@ def test_without_tensorboard_one_line_says_what_to_install(scenes, call, monkeyp
     assert status == 2 and "pip install tensorboard" in err
 
 
-def test_a_resume_in_another_folder_starts_its_own_best_and_in_the_same_keeps_it(trained, scenes, tmp_path, call):
-    state, best = load(trained), (trained / "checkpoint" / "unet_best.pth").read_bytes()
-    state["training"]["best_miou"] = 0.99  # out of reach for what follows
-    torch.save(state, tmp_path / "elsewhere.pth")
+def test_a_resume_in_another_folder_takes_the_best_along_and_in_the_same_keeps_it(trained, scenes, tmp_path, call):
+    """Where the best file is of another run, or away, the best is yet to come."""
     (folder := tmp_path / "checkpoint").mkdir()
-    (folder / "unet_best.pth").write_bytes(best)
-    status, out, _ = call("train.py", "--data_root", scenes, *SMALL, "--epochs", 3, "--resume", "elsewhere.pth")
-    assert status == 0 and "resumed after epoch 2" in out and "moved the earlier run" in out
-    assert [path.read_bytes() for path in folder.glob("unet_until_*/unet_best.pth")] == [best]
-    assert 0.5 > load(tmp_path)["training"]["best_miou"] == pytest.approx(load(tmp_path, "best")["scores"]["miou"])
-    torch.save(state, folder / "unet_last.pth")
-    (folder / "unet_best.pth").write_bytes(best)
-    assert call("train.py", "--data_root", scenes, *SMALL, "--epochs", 3, "--resume", "auto")[0] == 0
-    assert load(tmp_path)["training"]["best_miou"] == 0.99 and (folder / "unet_best.pth").read_bytes() == best
+    (moved := tmp_path / "moved").mkdir()
+    earlier = b"an earlier run's"
+    state, best, resume = load(trained), load(trained, "best"), ("--epochs", 3, "--resume")
+    state["training"]["best_miou"] = best["scores"]["miou"] = 0.99  # out of reach for what follows
+
+    def prepare(where: Path, there: bool) -> None:
+        torch.save(state, where / "unet_last.pth")
+        torch.save(best, where / "unet_best.pth") if there else (where / "unet_best.pth").unlink(missing_ok=True)
+
+    for there in (False, True):
+        prepare(moved, there)
+        (folder / "unet_best.pth").write_bytes(earlier)
+        status, out, _ = call("train.py", "--data_root", scenes, *resume, "moved/unet_last.pth", "--device", "cpu")
+        assert status == 0 and "resumed after epoch 2" in out and "moved the earlier run" in out
+        aside = max(folder.glob("unet_until_*"), key=lambda path: path.stat().st_mtime_ns)
+        assert (aside / "unet_best.pth").read_bytes() == earlier
+        assert (load(tmp_path)["training"]["best_miou"] == load(tmp_path, "best")["scores"]["miou"] == 0.99) == there
+        shutil.rmtree(aside)
+    for name in ("auto", "checkpoint/unet_last.pth", "checkpoint/unet_best.pth"):
+        prepare(folder, True)
+        before = (folder / "unet_best.pth").read_bytes()
+        status, out, _ = call("train.py", "--data_root", scenes, *resume, name, "--device", "cpu")
+        assert status == 0 and ("going on from checkpoint/unet_last.pth" in out) == ("best" in name)
+        assert load(tmp_path)["training"]["best_miou"] == 0.99 and not [*folder.glob("unet_until_*")]
+        assert (folder / "unet_best.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", ["--scheduler step", "--scheduler onecycle --optimizer adamw",
+                                    "--momentum 0 --ema 0"])
+def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, recipe):
+    """Two epochs become four: the schedule of four goes on at its place; nothing but --epochs is typed."""
+    for epochs, typed in ((2, (*SMALL[:-4], *recipe.split())), (4, ("--resume", "auto"))):
+        status, out, err = call("train.py", "--data_root", scenes, *typed, "--epochs", epochs, "--device", "cpu")
+        assert status == 0, err
+    assert "resumed after epoch 2" in out and len(rows(tmp_path)) == 4
+    flags = load(tmp_path)["config"]["train"]
+    assert (flags["step_size"], flags["width"], flags["crop_size"], flags["epochs"]) == (1, 4, [64, 64], 4)
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], flags["lr"])
+    factor = build_scheduler(flags["scheduler"], optimizer, 4 * 2, 1 * 2, flags["gamma"]).lr_lambdas[0]
+    rates = [float(row["lr"]) for row in rows(tmp_path)][2:]
+    assert rates == pytest.approx([flags["lr"] * factor(update) for update in (5, 7)], abs=1e-6)
+    assert load(tmp_path)["training"]["updates"] == 8
+    status, out, _ = call("train.py", "--data_root", scenes, "--resume", "auto")
+    assert status == 0 and "nothing is left to train" in out and len(rows(tmp_path)) == 4
+
+
+def test_another_number_of_processes_is_named(trained, scenes, tmp_path, call):
+    state = load(trained)
+    state["training"] |= {"processes": 2, "steps_per_epoch": 1}
+    torch.save(state, tmp_path / "two.pth")
+    status, _, err = call("train.py", "--data_root", scenes, "--resume", "two.pth")
+    assert status == 2 and "trained with 2 processes, now 1;" in err and "other data" not in err
 
 
 def test_the_tutorials_commands(scenes, tmp_path, call):

@@ -73,11 +73,12 @@ def step_lr(warmup, drop):
     return lambda t: (0.01 + 0.99 * min(1, t / warmup)) * 0.5 ** (t // drop)
 
 
-@pytest.mark.parametrize("name,total,shape", [("onecycle", 40, onecycle), ("step", 40, step_lr(4, 20)),
-                                              ("step", 2000, step_lr(100, 20)), ("step", 7, step_lr(1, 20))])
-def test_schedule_follows_its_formula(name, total, shape):
+@pytest.mark.parametrize("name,total,drop,shape", [
+    ("onecycle", 40, 20, onecycle), ("step", 40, 20, step_lr(6, 20)), ("step", 900, 400, step_lr(100, 400)),
+    ("step", 7, 2, step_lr(1, 2))])
+def test_schedule_follows_its_formula(name, total, drop, shape):
     optimizer = build_optimizer("sgd", one_layer(), 0.1, 0.01)
-    schedule, rates = build_scheduler(name, optimizer, 0.1, total, step_size=20, gamma=0.5), []
+    schedule, rates = build_scheduler(name, optimizer, total, drop, gamma=0.5), []
     for _ in range(total):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()

@@ -4,21 +4,20 @@ A file holds plain Python types and tensors only and is read with ``weights_only
 file never executes code. ``_best.pth`` holds the weights that predict, their scores and the config; ``_last.pth`` adds
 ``training``, what a resume needs.
 """
+import zipfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from datasets.classes import ClassSet
 from inference.predictor import Predictor, fold_batch_norm
-from model import build_model
 from support.command import UserError, one_line
 from support.files import atomic_path
+from training.schema import FORMAT, Number, check, check_checkpoint, describe_network
 
-FORMAT = 2
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "camvid_unet.pth"
-CONFIG_KEYS = ("model", "classes", "normalize", "train")
 LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "device")
 
 
@@ -31,34 +30,47 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise OSError(str(error).splitlines()[0]) from None
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU, in today's format. Raises UserError for a missing, broken or foreign file."""
+def load_checkpoint(path: Path, training: bool = False) -> dict:
+    """Read a checkpoint onto the CPU, in today's format and as `schema` declares it.
+
+    training: with what a resume needs. Raises UserError for a missing, broken or foreign file.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file; train one with train.py or name another with --checkpoint")
+    size = Path(path).stat().st_size
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no sums, and would unpack any number of bytes
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("it would unpack to more than its size")
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file raises nearly anything in the unpickler
         reason = one_line(error).split(". ")[0]
         raise UserError(f"{path}: not a readable checkpoint: cut off, or not train.py's ({reason})") from None
-    config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in CONFIG_KEYS):
-        raise UserError(f"{path}: not a checkpoint of this program (no config)")
-    if state.get("format") == 1:
-        state = upgrade(path, state)
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path}: has format {state.get('format')}, this program reads up to {FORMAT}; update it")
-    if not isinstance(state.get("state_dict"), dict):
-        raise UserError(f"{path}: not a checkpoint of this program (no state_dict)")
+    try:
+        state = upgrade(state)
+        if training and "training" not in state:
+            raise UserError("cannot be resumed, it holds weights alone or is of version 1; use --init_from")
+        check_checkpoint(state, size, training)
+        if side := state["config"]["train"].get("image_size"):
+            raise UserError(f"was trained with --image_size, now gone; train anew with --max_side {max(side)}")
+    except ValueError as error:
+        reason = str(error) if isinstance(error, UserError) else f"not a valid checkpoint: {error}"
+        raise UserError(f"{path}: {reason}") from None
     return state
 
 
-def upgrade(path: Path, state: dict) -> dict:
-    """The weights and config of a checkpoint of format 1. Raises UserError where images were squashed to a size."""
-    size = state["config"]["train"].get("image_size")
-    if size:
-        raise UserError(f"{path}: was trained with --image_size, now gone; train anew with --max_side {np.max(size)}")
-    weights = state.get("ema_state_dict") or state.get("model_state_dict")
-    return {"format": FORMAT, "state_dict": weights, "scores": {}, "config": state["config"]}
+def upgrade(state: Any) -> dict:
+    """A checkpoint in today's format. Raises ValueError where it is of none that is known."""
+    check(state, {"format": Number(int, 1, 2**31)})
+    if state["format"] > FORMAT:
+        raise UserError(f"has format {state['format']}, this program reads up to {FORMAT}; update it")
+    if state["format"] < FORMAT:
+        averaged, raw = (state.get(f"{kind}_state_dict") for kind in ("ema", "model"))
+        return {"format": FORMAT, "state_dict": raw if averaged is None else averaged, "scores": {},
+                "config": state.get("config")}
+    return state
 
 
 def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
@@ -67,34 +79,37 @@ def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime, default=SHIPPED)
 
 
-def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
-    """``model.load_state_dict``. Raises UserError where names or shapes differ, or values are not finite."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: its weights do not fit this model ({one_line(error)})") from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{path}: its weights hold NaN or infinite values; use an earlier checkpoint")
+def load_weights(model: nn.Module, checkpoint: dict, classes: ClassSet) -> str:
+    """Load a checkpoint's weights; of its classifier the rows of classes that have the same names. Returns what it did.
+
+    model: of the checkpoint's name and width, for ``classes``.
+    """
+    weights, names = dict(checkpoint["state_dict"]), [name.casefold() for name in classes.names]
+    before = [name.casefold() for name in checkpoint["config"]["classes"]["names"]]
+    kept = [name for name in names if name in before]
+    for key, fresh in model.state_dict().items():
+        if key.startswith("classifier."):
+            rows = fresh.clone()
+            rows[[names.index(name) for name in kept]] = weights[key][[before.index(name) for name in kept]].to(rows)
+            weights[key] = rows
+    model.load_state_dict(weights)
+    if names == before:
+        return "its weights are loaded"
+    return (f"its weights are loaded; the classifier is new, with {len(names)} classes instead of {len(before)}, "
+            f"{', '.join(classes.names[names.index(name)] for name in kept) or 'none'} kept by name")
 
 
 def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     """The trained network in evaluation mode, its classes and the checkpoint's config.
 
-    Raises UserError where the weights do not fit the described model or are not finite.
+    Raises UserError as `load_checkpoint` does.
     """
     state = load_checkpoint(path)
     config = state["config"]
-    try:
-        classes = ClassSet.from_dict(config["classes"])
-        config["normalize"] = {key: [float(x) for x in config["normalize"][key]] for key in ("mean", "std")}
-        config["max_side"] = int(config.get("max_side", 0))
-        classes.to_rgb(np.arange(len(classes)))
-        options = {"width": config["model"]["options"]["width"]}  # nothing that could start a download
-        model = build_model(config["model"]["name"], len(classes), **options)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path}: describes no model of this program ({one_line(error)})") from None
-    load_weights(model, state["state_dict"], path)
-    return model.eval(), classes, config
+    config["max_side"] = config.get("max_side") or 0
+    model = describe_network(config).to_empty(device="cpu")
+    model.load_state_dict(state["state_dict"])
+    return model.eval(), ClassSet.from_dict(config["classes"]), config
 
 
 def load_predictor(path: Path, max_side: int | None = None, **options) -> tuple[Predictor, ClassSet, dict]:

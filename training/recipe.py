@@ -1,13 +1,16 @@
 """The recipe: its flags, and the optimiser, the schedule and the weight average that they describe."""
 import copy
+import math
 
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from support.command import Parser, UserError, number
 
 WARMUP_STEPS = 100
+FINE_TUNING = 0.2  # of the learning rate from scratch
 
 
 def add_recipe_flags(parser: Parser) -> None:
@@ -48,7 +51,7 @@ def resolve_recipe(args) -> None:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller number comes first")
     args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
     args.width = args.width or (64 if args.model == "unet" else 16)
-    args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001)
+    args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001) * (FINE_TUNING if args.init_from else 1)
     args.step_size = args.step_size or -(-args.epochs // 3)
 
 
@@ -65,15 +68,24 @@ def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
-def build_scheduler(name: str, optimizer: Optimizer, lr: float, total_steps: int, step_size: int, gamma: float):
-    """``onecycle`` to ``lr`` and back (Smith & Topin 2018), or ``step``: StepLR after a linear warm-up.
+def build_scheduler(name: str, optimizer: Optimizer, total_steps: int, step_size: int, gamma: float) -> LambdaLR:
+    """``onecycle`` up to the optimiser's rate and back (Smith & Topin 2018), or ``step``: drops after a linear warm-up.
 
-    total_steps and step_size, between StepLR's drops by the factor gamma, are updates.
+    total_steps and step_size, between the drops by the factor gamma, are updates. The rate depends on the number of
+    the update alone: a resumed run of other length goes on at its place in the schedule of that length.
     """
-    if name == "onecycle":
-        return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total_steps, cycle_momentum=False)
-    warmup = lr_scheduler.LinearLR(optimizer, 0.01, total_iters=min(WARMUP_STEPS, max(1, total_steps // 10)))
-    return lr_scheduler.ChainedScheduler([warmup, lr_scheduler.StepLR(optimizer, step_size, gamma)], optimizer)
+    warmup = min(WARMUP_STEPS, max(1, 3 * step_size // 10))
+    top, last = max(1.0, 0.3 * total_steps - 1), total_steps - 1
+
+    def step(update: int) -> float:
+        return (0.01 + 0.99 * min(1.0, update / warmup)) * gamma ** (update // step_size)
+
+    def onecycle(update: int) -> float:
+        """A cosine from 1/25 within the first 30 % of the updates, and a cosine to 4e-6, as torch's OneCycleLR."""
+        low, share = (0.04, update / top) if update <= top else (4e-6, (last - update) / max(1.0, last - top))
+        return low + (1 - low) * (1 - math.cos(math.pi * max(0.0, share))) / 2
+
+    return LambdaLR(optimizer, onecycle if name == "onecycle" else step)
 
 
 class WeightAverage:

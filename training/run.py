@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from support.command import RunError, UserError, is_main_process, one_line
+from datasets.check import SplitReport
+from datasets.classes import ClassSet
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from support.command import Parser, RunError, UserError, is_main_process
 from support.files import atomic_path, locked, write_file
 from training.checkpoints import load_checkpoint, save_checkpoint
+from training.distributed import world_size
 from training.recipe import WeightAverage
 
-# A resumed run restores its schedule and momentum, so flags that contradict them are refused, not ignored.
+# A resumed run keeps these flags; one that is typed and contradicts them is refused, not ignored.
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
                "batch_size", "clip_grad", "crop_size", "max_side", "scale", "jitter", "class_weights", "loss",
                "label_smoothing", "ema", "seed")
+KEPT_FLAGS = (*FIXED_FLAGS, "epochs", "val_every")
 RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png", "tensorboard")
 
 
@@ -30,7 +37,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     ema: WeightAverage | None
     steps_per_epoch: int
@@ -67,49 +74,88 @@ class TrainingState:
         """Plain types and tensors for a checkpoint."""
         return {"model_state_dict": self.model.state_dict(),
                 "ema_state_dict": self.ema.module.state_dict() if self.ema else None,
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "optimizer_state_dict": self.optimizer.state_dict(),
-                "scheduler_state_dict": self.scheduler.state_dict(),
-                "scaler_state_dict": self.scaler.state_dict(),
-                "history": self.history, "best_miou": self.best_miou, "steps_per_epoch": self.steps_per_epoch}
+                "optimizer_state": {f"{i}.{key}": tensor for i, kept in self.optimizer.state_dict()["state"].items()
+                                    for key, tensor in kept.items()},
+                "scaler_state_dict": self.scaler.state_dict(), "updates": self.scheduler.last_epoch,
+                "history": self.history, "best_miou": self.best_miou, "steps_per_epoch": self.steps_per_epoch,
+                "processes": world_size()}
 
-    def restore(self, path: Path, config: dict) -> None:
-        """Go on from a ``_last.pth``. config: of this run.
+    def restore(self, path: Path, checkpoint: dict, config: dict) -> None:
+        """Go on from a checked ``_last.pth``. config: of this run.
 
-        Raises UserError if the file holds no training state, or one of another model, class set or recipe.
+        Raises UserError if it is one of another model, class set or recipe, or of other data.
         """
-        checkpoint = load_checkpoint(path)
-        state = checkpoint.get("training")
-        if not isinstance(state, dict):
-            raise UserError(f"{path}: cannot be resumed, it holds weights alone or is of version 1; use --init_from")
-        changed = recipe_changes(checkpoint["config"], config)
-        if state.get("steps_per_epoch") != self.steps_per_epoch:
-            changed.append(f"{state.get('steps_per_epoch')} updates an epoch, now {self.steps_per_epoch}: other data")
+        state, changed = checkpoint["training"], recipe_changes(checkpoint["config"], config)
+        if state["processes"] != world_size():
+            changed.append(f"{state['processes']} processes, now {world_size()}")
+        elif state["steps_per_epoch"] != self.steps_per_epoch:
+            changed.append(f"{state['steps_per_epoch']} updates an epoch, now {self.steps_per_epoch}: other data")
         if changed:
-            raise UserError(f"{path}: cannot be resumed, it was trained with {'; '.join(changed)}; give the old flags, "
-                            f"or start anew with --init_from {path}")
-        try:
-            self.model.load_state_dict(state["model_state_dict"])
-            self.optimizer.load_state_dict(state["optimizer_state_dict"])
-            self.scheduler.load_state_dict(state["scheduler_state_dict"])
-            if state["scaler_state_dict"]:  # empty from a run that was not in fp16
-                self.scaler.load_state_dict(state["scaler_state_dict"])
-            if self.ema:
-                self.ema.module.load_state_dict(state["ema_state_dict"])
-                self.ema.updates = state["ema_updates"]
-            self.history, self.best_miou = list(state["history"]), float(state["best_miou"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: cannot be resumed, its state does not fit ({one_line(error)})") from None
+            raise UserError(f"{path}: cannot be resumed, it was trained with {'; '.join(changed)}; go on as it was, or "
+                            f"start anew with --init_from {path}")
+        self.model.load_state_dict(state["model_state_dict"])
+        kept: dict[int, dict] = {}
+        for name, tensor in state["optimizer_state"].items():
+            index, key = name.split(".")
+            kept.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
+        # The schedule depends on the update and on the flags alone, so that it has no further state.
+        self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
+        if state["scaler_state_dict"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler_state_dict"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema_state_dict"])
+            self.ema.updates = state["updates"]
+        self.history, self.best_miou = list(state["history"]), float(state["best_miou"])
 
 
 def recipe_changes(before: dict, now: dict) -> list[str]:
     """What differs between the configs of a checkpoint and of a run that resumes it, and must not."""
-    fixed = (*FIXED_FLAGS, "epochs") if now["train"]["scheduler"] == "onecycle" else FIXED_FLAGS
-    changed = [f"--{key} {before['train'].get(key)}, now {now['train'][key]}" for key in fixed
+    changed = [f"--{key} {before['train'].get(key)}, now {now['train'][key]}" for key in FIXED_FLAGS
                if before["train"].get(key) != now["train"][key]]
     if before["classes"] != now["classes"]:
-        changed.append(f"other classes, {', '.join(map(str, before['classes']['names']))}")
+        changed.append(f"other classes, {', '.join(before['classes']['names'])}")
     return changed
+
+
+def stored_flags(parser: Parser, stored: dict, names: Iterable[str], path: Path) -> dict:
+    """Flags as they were typed, else as a checkpoint has them. Raises UserError for one that the parser refuses."""
+    def refuse(message: str):
+        raise UserError(f"{path}: not a valid checkpoint: config.train: {message}")
+
+    words = []
+    for name in names:
+        value = stored.get(name)
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    flags = vars(parser.parse_args([*words, *sys.argv[1:]]))
+    return {name: flags[name] for name in names}
+
+
+def resumed_file(resume: str | None, files: "RunFiles") -> Path | None:
+    """The ``_last.pth`` that --resume means; of ``_best.pth``, which holds weights alone, the one beside it."""
+    if resume == "":
+        raise UserError("--resume is empty, perhaps an unset variable; give a file, or auto")
+    path = files.path("last.pth") if resume == "auto" else Path(resume) if resume else None
+    if path is None or resume == "auto" and not path.is_file():
+        return None
+    last = path.with_name(path.name.replace("_best.pth", "_last.pth"))
+    if path != last and last.is_file():
+        if is_main_process():
+            print(f"{path} holds weights alone; going on from {last}")
+        return last
+    return path
+
+
+def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
+    """What a checkpoint says of itself."""
+    return {"model": {"name": args.model, "options": {"width": args.width}}, "classes": classes.to_dict(),
+            "normalize": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+            "max_side": args.max_side or max(map(max, reports["train"].sizes)),
+            "train": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}}
 
 
 class RunFiles:
@@ -126,10 +172,11 @@ class RunFiles:
         """Keep other runs out of the folder. Raises UserError that names the one that is in it."""
         return locked(self.folder) if is_main_process() else contextlib.nullcontext()
 
-    def prepare(self, flags: dict, keep_earlier: bool) -> None:
+    def prepare(self, flags: dict, keep_earlier: bool, best: dict | None = None) -> None:
         """Write the flags, plain types.
 
         keep_earlier: move the files of an earlier run into a folder of their own: training never costs a model.
+        best: the checkpoint of the best epoch of a run that goes on here.
         """
         if not is_main_process():
             return
@@ -142,6 +189,8 @@ class RunFiles:
             for path in files:
                 path.rename(aside / path.name)
             print(f"moved the earlier run in {self.folder} to {aside}")
+        if best:
+            save_checkpoint(self.path("best.pth"), best)
         write_file(self.path("args.json"), lambda path: path.write_text(json.dumps(flags, indent=2) + "\n"))
 
     def save(self, state: TrainingState, config: dict, scores: dict, best: bool) -> None:
@@ -168,3 +217,26 @@ class RunFiles:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(history)
+
+
+def best_beside(path: Path, best_miou: float) -> dict | None:
+    """The ``_best.pth`` beside a ``_last.pth``, if it is of that score and so of the same run."""
+    best = path.with_name(path.name.replace("_last.pth", "_best.pth"))
+    if best == path or not best.is_file():
+        return None
+    checkpoint = load_checkpoint(best)
+    return checkpoint if abs((checkpoint["scores"] or {}).get("miou", -1) - best_miou) < 1e-5 else None
+
+
+def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint: dict | None) -> None:
+    """Restore the run of --resume, and clear its folder for it."""
+    path, best = Path(args.resume or "nowhere"), None
+    if args.resume and checkpoint:
+        state.restore(path, checkpoint, config)
+        best = best_beside(path, state.best_miou)
+        print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}"
+              + ("; nothing is left to train, a larger --epochs goes on" if state.epoch >= args.epochs else ""))
+    here = path.resolve() == files.path("last.pth").resolve()
+    files.prepare(config["train"], keep_earlier=not here, best=None if here else best)
+    if not files.path("best.pth").is_file():
+        state.best_miou = -1.0  # the best of a run that goes on without its best file is yet to come
