@@ -19,7 +19,7 @@ from datasets.camvid import CamVidDataset, find_classes
 from datasets.check import add_data_flags, check_data, stray_line
 from datasets.classes import ClassSet
 from datasets.transforms import eval_transform
-from inference.predictor import add_inference_flags
+from inference.predictor import add_inference_flags, fitting_batch
 from metric import SegmentationMetric, score_table
 from output.report import Report
 from support.device import default_workers, init_worker, select_amp_dtype, select_device
@@ -79,7 +79,7 @@ def main(args) -> int:
     dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
                             predictor.max_side, native_masks=True, val_percent=args.val_percent)
     workers = default_workers(device) if args.workers is None else args.workers
-    loader = DataLoader(dataset, args.batch_size if len(checked.sizes) == 1 else 1, num_workers=workers,
+    loader = DataLoader(dataset, fitting_batch(args.batch_size, checked.sizes, len(classes)), num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)
     for folder in filter(None, (args.save_dir, args.report)):
         make_folder(folder)

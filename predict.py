@@ -113,7 +113,8 @@ def predict_images(names: dict[Path, str], predictor: Predictor, classes: ClassS
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(names), unit="image", disable=None) as bar:
         for name, image, ids in in_background(pool, write, predict_stream(predictor, readable(), args.batch_size)):
-            pixels += np.bincount(ids.ravel(), minlength=len(classes))
+            for row in ids:  # at once it would take eight bytes a pixel
+                pixels += np.bincount(row, minlength=len(classes))
             shrunk += limited_size(ids.shape, predictor.max_side) != ids.shape
             if args.report:
                 report.add(name, image, ids)

@@ -25,7 +25,7 @@ from datasets.check import SplitReport, add_data_flags, check_data, class_line, 
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
-from inference.predictor import TILE, Predictor, fold_batch_norm
+from inference.predictor import Predictor, fitting_batch, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric, score_table
 from model import MODEL_NAMES, build_model
@@ -111,7 +111,7 @@ def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.devi
     val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.max_side or 0,
                             native_masks=True, val_percent=args.val_percent)
     sampler = EpochSampler(len(train_set), args.seed, distributed.rank(), distributed.world_size())
-    val_batch = min(4, args.batch_size) if len(sizes) == 1 and max(map(max, sizes)) <= TILE else 1
+    val_batch = fitting_batch(min(4, args.batch_size), sizes, len(classes))
     val_share = range(distributed.rank(), len(val_set), distributed.world_size())  # each image once, in one process
     whole_batches = len(train_set) >= args.batch_size * distributed.world_size()  # of one shape, to be compiled once
     return (DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=whole_batches, **common),

@@ -1,5 +1,5 @@
 """From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support.command import Parser, number
 from support.device import autocast
-from support.images import shrink
+from support.images import limited_size, shrink
 
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
+MAX_PROBABILITIES = 64_000_000  # at once in evaluation, which holds a few copies: about a gigabyte
 TTA = {
     "none": [(1.0, False)],
     "flip": [(1.0, False), (1.0, True)],
@@ -63,9 +64,22 @@ class Predictor:
         batch = torch.from_numpy(np.stack([shrink(image, self.max_side) for image in images])).to(self.device)
         return batch.permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
 
+    @torch.inference_mode()
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids."""
-        return self(self.prepare(images), images[0].shape[:2]).to(torch.uint8).cpu().numpy()
+        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids.
+
+        Of large images only a strip is in memory as floats and probabilities.
+        """
+        size = images[0].shape[:2]
+        ids = np.empty((len(images), *size), np.uint8)
+        if limited_size(size, self.max_side) == size:
+            strips = self._strips(size[0], lambda rows: self.prepare([image[rows] for image in images]))
+        else:
+            strips = _resized_strips(self.probabilities(self.prepare(images)), size, max(1, self.tile ** 2 // size[1]))
+        for rows, prob in strips:
+            ids[:, rows] = most_probable(prob).to(torch.uint8).cpu().numpy()
+            del prob  # before the next one is made
+        return ids
 
     def __call__(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, H, W) int64 class ids, or (N, *size)."""
@@ -74,13 +88,40 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C, or (N, C, *size)."""
+        prob = [prob for _, prob in self._strips(images.shape[-2], lambda rows: images[:, :, rows])]
+        return _resize(prob[0] if len(prob) == 1 else torch.cat(prob, 2), size or images.shape[-2:])
+
+    def _strips(self, height: int, read: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, probabilities (N, C, rows, W)) from top to bottom; of strips that overlap, as tiles do, and blend.
+
+        read: rows -> (N, 3, rows, W) float32 normalised.
+        """
+        starts, weight = _starts(height, self.tile), torch.zeros(height)
+        if len(starts) == 1:
+            yield slice(0, height), self._all_views(read(slice(0, height)))
+            return
+        for top in starts:
+            weight[top:top + self.tile] += _ramp(self.tile, weight)
+        below: Tensor | None = None  # what the strip above has added to this one's first rows
+        for top, end in zip(starts, [*starts[1:], height]):
+            prob = self._all_views(read(slice(top, top + self.tile)))
+            prob *= _ramp(self.tile, prob)[:, None] / weight[top:top + self.tile, None].to(prob)
+            if below is not None:
+                prob[:, :, :below.shape[2]] += below
+            below = prob[:, :, end - top:].clone()
+            prob = prob[:, :, :end - top]
+            yield slice(top, end), prob
+            del prob  # before the next one is made
+
+    def _all_views(self, images: Tensor) -> Tensor:
+        """The mean of the probabilities over all views."""
         self.model.eval()
         images = images.to(self.device, non_blocking=True)
         first, *others = self.views
         total = self._view(images, *first)
         for view in others:
             total.add_(self._view(images, *view))
-        return _resize(total.div_(len(self.views)), size or images.shape[-2:])
+        return total.div_(len(self.views))
 
     def _view(self, images: Tensor, scale: float, flip: bool) -> Tensor:
         """The probabilities of the images seen at another scale, or mirrored."""
@@ -142,6 +183,21 @@ def _resize(x: Tensor, size: Sequence[int], antialias: bool = False) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
+def _resized_strips(prob: Tensor, size: tuple[int, int], rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, (N, C, rows, W)) of what `_resize` makes of (N, C, h, w), so many rows at a time."""
+    height, width = size
+    if height <= rows:
+        yield slice(0, height), _resize(prob, size)
+        return
+    position = ((torch.arange(height) + 0.5) * (prob.shape[2] / height) - 0.5).clamp_(0, prob.shape[2] - 1)
+    above, share = position.long(), position.frac().to(prob)[:, None]
+    below = (above + 1).clamp_max(prob.shape[2] - 1)
+    for top in range(0, height, rows):
+        part = slice(top, min(height, top + rows))
+        yield part, _resize(prob[:, :, above[part]].lerp(prob[:, :, below[part]], share[part]),
+                            (part.stop - part.start, width))
+
+
 def predict_stream(predictor: Predictor, items: Iterable[tuple[str, np.ndarray]],
                    batch_size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name, (H, W, 3) uint8 image) -> (name, image, (H, W) uint8 class ids), in batches of images of one size.
@@ -163,6 +219,14 @@ def predict_stream(predictor: Predictor, items: Iterable[tuple[str, np.ndarray]]
         batch.append((name, image))
     if batch:
         yield from run()
+
+
+def fitting_batch(batch_size: int, sizes: Collection[tuple[int, int]], num_classes: int) -> int:
+    """How many images to score at once: one if their sizes (H, W) differ, and as many as MAX_PROBABILITIES allow."""
+    if len(sizes) != 1:
+        return 1
+    (height, width), = sizes
+    return max(1, min(batch_size, MAX_PROBABILITIES // (num_classes * height * width)))
 
 
 def add_inference_flags(parser: Parser) -> None:

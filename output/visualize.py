@@ -18,7 +18,12 @@ def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
 
 def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
     """(H, W, 3) uint8 image and (H, W) class ids -> the image under the classes' colours at opacity ``alpha``."""
-    return Image.blend(Image.fromarray(image), Image.fromarray(classes.to_rgb(ids)), alpha)
+    overlay = Image.new("RGB", image.shape[1::-1])
+    for top in range(0, len(image), 1000):  # rows at a time: a large photograph is in memory once
+        rows = slice(top, top + 1000)
+        colors = classes.to_rgb(ids[rows])
+        overlay.paste(Image.blend(Image.fromarray(image[rows]), Image.fromarray(colors), alpha), (0, top))
+    return overlay
 
 
 def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:

@@ -3,6 +3,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, load
+from conftest import COLORS, REPO, SMALL, load, write_csv
 
-from datasets.classes import CAMVID
+from datasets.classes import CAMVID, ClassSet
 from datasets.synthetic import generate_dataset
+from model import build_model
 from support.command import UserError
 from training.checkpoints import (
     SHIPPED,
@@ -21,6 +23,7 @@ from training.checkpoints import (
     load_checkpoint,
     load_model,
     load_predictor,
+    load_weights,
     save_checkpoint,
 )
 from training.run import TrainingState
@@ -239,6 +242,44 @@ def test_resume_with_another_recipe_names_every_flag(trained, scenes, call):
     status, _, err = call("train.py", "--data_root", scenes, *SMALL, *typed.split(), *resume)
     assert status == 2 and err.count("\n") == 1
     assert [flag for flag in typed.split() if flag.startswith("--") and f"{flag} " not in err] == ["--epochs"]
+
+
+@pytest.mark.parametrize("model", ["unet", "unet_resnet18"])
+def test_fine_tuning_takes_the_network_and_the_classes_rows_by_name(tmp_path, model):
+    torch.manual_seed(0)
+    path, before, now = tmp_path / "a_best.pth", build_model(model, 12, width=4), build_model(model, 4, width=4)
+    fresh = now.classifier.weight.detach().clone()
+    save_checkpoint(path, {"state_dict": before.state_dict(), "scores": {}, "config": config_of(model)})
+    classes = ClassSet(("Lawn", "ROAD", "Void", "Car"), ((0, 0, 0),) * 4, 2)
+    said = load_weights(now, load_checkpoint(path), classes)
+    assert said.endswith("the classifier is new, with 4 classes instead of 12, ROAD, Car kept by name")
+    for name, tensor in before.state_dict().items():
+        if not name.startswith("classifier."):
+            assert torch.equal(now.state_dict()[name], tensor), name
+    kept = [CAMVID.names.index(name) for name in ("Road", "Car")]
+    assert torch.equal(now.classifier.weight[[1, 3]], before.classifier.weight[kept])
+    assert torch.equal(now.classifier.bias[[1, 3]], before.classifier.bias[kept])
+    assert torch.equal(now.classifier.weight[[0, 2]], fresh[[0, 2]])
+    assert load_weights(before, load_checkpoint(path), CAMVID) == "its weights are loaded"
+
+
+def config_of(model: str) -> dict:
+    return {"model": {"name": model, "options": {"width": 4}}, "classes": CAMVID.to_dict(), "train": {},
+            "normalize": {"mean": [0.5] * 3, "std": [0.2] * 3}, "max_side": 96}
+
+
+def test_fine_tuning_the_shipped_weights_is_one_command(scenes, tmp_path, call):
+    """Width, model and a lower rate are those of the file; a class table of its own replaces the classifier."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    write_csv(data, COLORS | {"Horse": (1, 2, 3)})
+    flags = "--data_root", data, "--crop_size", 64, "--epochs", 1, "--device", "cpu", "--init_from", SHIPPED
+    status, out, _ = call("train.py", *flags)
+    assert status == 0 and "the classifier is new, with 13 classes instead of 12, Unlabelled, Sky, " in out
+    assert "learning rate 0.02\n" in out and load(tmp_path)["config"]["model"]["options"]["width"] == 16
+    assert load(tmp_path)["config"]["train"]["lr"] == pytest.approx(0.02)
+    for typed in (("--width", 8), ("--model", "unet_resnet18")):
+        status, _, err = call("train.py", *flags, *typed)
+        assert status == 2 and f"{SHIPPED}: holds a unet of width 16; leave --model and --width out" in err
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "disk full"), RuntimeError("write failed\nat 0"), KeyboardInterrupt()])

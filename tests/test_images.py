@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from conftest import save
@@ -35,9 +37,27 @@ def test_read_image(tmp_path, name, image, options, expected):
     assert np.abs(found.astype(int) - expected).mean() < (4 if name.endswith(".jpg") else 1e-9)
 
 
-def test_broken_exif_is_refused_because_the_image_may_be_turned(tmp_path):
-    with pytest.raises(UserError, match="a.png: cannot be read.*not what"):
-        read_image(save(tmp_path / "a.png", RGB, exif=b"not what it should be"))
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # as support.images has it, outside tests
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+@pytest.mark.parametrize("exif", [b"not what it should be", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"])
+def test_an_image_with_broken_exif_is_read_unturned(tmp_path, name, exif):
+    assert read_image(save(tmp_path / name, RGB, exif=exif)).shape == RGB.shape
+
+
+def test_what_is_no_image_of_a_promised_format_is_refused_by_its_content(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", refuse)
+    paths = {kind: tmp_path / f"{kind}.png" for kind in ("EPS", "GIF", "fifo", "large")}
+    for kind in ("EPS", "GIF"):
+        Image.fromarray(RGB).save(paths[kind], kind)
+    os.mkfifo(paths["fifo"])
+    paths["large"].write_bytes(b"P6 20000 10001 255\n")
+    for kind, said in (("EPS", "PNG, JPEG"), ("GIF", "PNG, JPEG"), ("fifo", "not a regular file"),
+                       ("large", "20000×10001, more than 200 megapixels")):
+        with pytest.raises(UserError, match=rf"\A{paths[kind]}: .*{said}.*\Z"):
+            read_image(paths[kind])
 
 
 @pytest.mark.parametrize("size, max_side, expected", [

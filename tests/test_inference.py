@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from inference.predictor import Predictor, fold_batch_norm, predict_stream
+from inference.predictor import Predictor, fitting_batch, fold_batch_norm, predict_stream
 from model import MODEL_NAMES, build_model
 from training.checkpoints import SHIPPED, load_predictor
 
@@ -99,6 +99,22 @@ def test_images_longer_than_max_side_are_shrunk_and_the_result_enlarged(size, se
     ids = predict.predict(images)
     assert ids.dtype == np.uint8 and np.array_equal(ids, prob.argmax(1))
     assert predictor(random_network()).prepare(images).shape[-2:] == size  # 0: never
+
+
+@pytest.mark.parametrize("tta", ["none", "flip"])
+@pytest.mark.parametrize("size, max_side", [((300, 200), 0), ((100, 70), 0), ((300, 200), 90), ((64, 300), 150)])
+def test_ids_in_strips_are_the_most_probable_classes_of_the_whole(size, max_side, tta):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    predict = predictor(random_network(), tile=64, tta=tta, max_side=max_side)
+    prob = predict.probabilities(predict.prepare([image]), size)
+    assert torch.all(prob.sum(1).sub(1).abs() < 1e-5)
+    assert (predict.predict([image])[0] != prob.argmax(1)[0].numpy()).mean() < 1e-4
+
+
+@pytest.mark.parametrize("sizes, classes, expected", [
+    ([(360, 480)], 12, 4), ([(720, 960)], 12, 4), ([(720, 960)], 255, 1), ([(360, 480), (480, 360)], 12, 1)])
+def test_evaluation_takes_as_many_images_at_once_as_memory_allows(sizes, classes, expected):
+    assert fitting_batch(4, sizes, classes) == expected
 
 
 def test_stream_batches_images_of_one_size_and_no_more_pixels_than_a_tile():
