@@ -75,9 +75,10 @@ def locked(folder: Path, patience: float = 1) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{folder}: cannot be locked ({error.strerror or error})") from None
     try:
-        os.ftruncate(lock, 0)
         command = printable(shlex.join(sys.argv))[:300]
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode())
         for left in folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else remove_file(left)
         yield folder

@@ -76,17 +76,18 @@ def test_nobody_can_guess_where_a_file_is_written_and_what_is_there_is_not_follo
     assert (tmp_path / "victim").read_text() == "old"
 
 
-@pytest.mark.parametrize("limit", [0, 5_000, 30_000])
-def test_a_video_on_a_full_disk_is_a_failure(tmp_path, limit):
-    frames = np.random.default_rng(0).integers(0, 256, (5, 72, 96, 3), dtype=np.uint8)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_a_video_on_a_full_disk_is_a_failure(tmp_path, share):
+    frames, path = np.random.default_rng(0).integers(0, 256, (9, 72, 96, 3), dtype=np.uint8), tmp_path / "out.mp4"
+    assert write_video(path, iter(frames), (72, 96), 25)[0] == 9
+    whole, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(whole)), before[1]))
         with pytest.raises(RunError, match=r"out.mp4: cannot be written"):
-            write_video(tmp_path / "out.mp4", iter(frames), (72, 96), 25)
+            write_video(path, iter(frames), (72, 96), 25)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.iterdir())
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == whole
 
 
 # Ten processes at the same instant: each that gets in notes it, stays, and notes when it leaves.
