@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import COLORS, COLORS32, MERGED, OTHER_COPIES, compare_per_class, make_pair, save, write_csv
+from conftest import COLORS, COLORS32, MERGED, OTHER_COPIES, SMALL, compare_per_class, make_pair, save, write_csv
 
 from datasets.classes import CAMVID, CAMVID32, ClassSet
 from support.command import UserError
@@ -111,12 +111,12 @@ def test_masks_that_are_not_camvids_need_a_table_whose_lines_are_printed(tmp_pat
     ids = np.repeat(np.arange(len(colors)), np.round(200 * np.array(shares)).astype(int)).reshape(10, 20)
     for split in ("train", "val"):
         save(make_pair(tmp_path, "photo", 0 * ids, split)[1], np.array(colors, np.uint8)[ids])
-    for command in ("train.py", "evaluate.py --split train", "datasets.check"):
-        status, out, err = call(*command.split(), "--data_root", tmp_path)
+    for command in (("train.py", *SMALL), ("evaluate.py", "--split", "train"), ("datasets.check",)):
+        status, out, err = call(*command, "--data_root", tmp_path)
         sentence, *lines = (out + err)[(out + err).index(f"{tmp_path}: no class_dict.csv"):].splitlines()
-        assert status == (1 if command == "datasets.check" else 2) and said in sentence
+        assert status == (1 if command[0] == "datasets.check" else 2) and said in sentence
         assert f"{tmp_path / 'class_dict.csv'}" in sentence and len(lines) == len(colors) + 1
-    status, _, err = call("train.py", "--data_root", tmp_path, "--num_classes", 2)
+    status, _, err = call("train.py", *SMALL, "--data_root", tmp_path, "--num_classes", 2)
     assert status == 2 and "--write_classes" in err and "leave it out" not in err
     (tmp_path / "class_dict.csv").write_text("\n".join(lines))  # as pasted
     pasted = ClassSet.from_csv(tmp_path / "class_dict.csv")
@@ -127,7 +127,7 @@ def test_masks_that_are_not_camvids_need_a_table_whose_lines_are_printed(tmp_pat
     assert [line.rpartition(",")[2] for line in lines[1:]] == [f"{share:.2%}" for share in shares]
     status, out, _ = call("datasets.check", "--data_root", tmp_path)
     assert status == 0 and f"{len(colors)} classes, from {tmp_path / 'class_dict.csv'}\n" in out
-    assert "leave --data_name out" in call("train.py", "--data_root", tmp_path, "--data_name", "camvid")[2]
+    assert "leave --data_name out" in call("train.py", *SMALL, "--data_root", tmp_path, "--data_name", "camvid")[2]
 
 
 @pytest.mark.parametrize("mask, said", [(np.arange(192) % 3, "--label_format ids --num_classes 3"),
@@ -135,7 +135,7 @@ def test_masks_that_are_not_camvids_need_a_table_whose_lines_are_printed(tmp_pat
 def test_masks_of_ids_or_of_blended_colors_are_told_from_those_of_colors(tmp_path, call, mask, said):
     for split in ("train", "val"):
         save(make_pair(tmp_path, "photo", split=split)[1], mask.astype(np.uint8).reshape(12, 16))
-    status, _, err = call("train.py", "--data_root", tmp_path)
+    status, _, err = call("train.py", *SMALL, "--data_root", tmp_path)
     assert status == 2 and said in err and err.count("\n") == 1
 
 
