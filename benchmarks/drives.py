@@ -2,8 +2,8 @@
 
     python benchmarks/drives.py --data_root data/CamVid --out runs/plain --seeds 0 1 2 -- --width 16 --epochs 60
 
-What follows ``--`` goes to train.py. Stopped and started again, it goes on. Each score is the last epoch's, so that nothing
-is chosen on the drive that was left out; the frames of val are not used, they are neighbours of training frames.
+What follows ``--`` goes to train.py. Stopped and started again, it goes on. Each score is the last epoch's, so that
+nothing is chosen on the drive that was left out; the frames of val, neighbours of training frames, are not used.
 """
 import argparse
 import subprocess
@@ -36,8 +36,8 @@ def main(args) -> None:
         scores = []
         for drive in DRIVES:
             data, run = link_frames(args.data_root, args.out / "data" / drive, drive), args.out / f"{drive}_{seed}"
-            subprocess.run([sys.executable, ROOT / "train.py", "--data_root", data, "--checkpoint", run, "--seed", str(seed),
-                            "--resume", "auto", *args.flags], check=True, stdout=sys.stderr)
+            subprocess.run([sys.executable, ROOT / "train.py", "--data_root", data, "--checkpoint", run,
+                            "--resume", "auto", "--seed", str(seed), *args.flags], check=True, stdout=sys.stderr)
             last, = run.glob("*_last.pth")
             scores.append(torch.load(last, weights_only=True)["scores"])
             per_class = " ".join(f"{iou:.3f}" for iou in scores[-1]["iou"])
