@@ -8,7 +8,6 @@
 from support.command import Parser, RunError, Terminated, UserError, number, run_command  # isort: split
 
 import copy
-import shlex
 import sys
 import time
 from collections.abc import Collection
@@ -27,13 +26,13 @@ from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
 from inference.predictor import Predictor, fitting_batch, fold_batch_norm
 from loss import SegmentationLoss, class_weights
-from metric import SegmentationMetric, score_table
+from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
 from support.device import default_workers, init_worker, repeatable, select_amp_dtype, select_device
 from training import distributed
 from training.checkpoints import load_checkpoint, load_weights
 from training.engine import NonFiniteLoss, train_one_epoch, validate
-from training.monitor import Monitor
+from training.monitor import Monitor, describe_loss, print_end, print_epoch, resume_hint
 from training.recipe import WeightAverage, add_recipe_flags, build_optimizer, build_scheduler, resolve_recipe
 from training.run import KEPT_FLAGS, RunFiles, TrainingState, begin, describe, resumed_file, stored_flags
 from training.schema import MAX_WIDTH
@@ -142,6 +141,18 @@ def build_network(args, classes: ClassSet, checkpoint: dict | None) -> nn.Module
     return model
 
 
+def build_state(args, classes: ClassSet, checkpoint: dict | None, device: torch.device, amp_dtype: torch.dtype | None,
+                steps: int) -> TrainingState:
+    """The network and all that changes it, as they are before the first epoch. steps: of an epoch."""
+    model = build_network(args, classes, checkpoint).to(device)
+    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs
+    optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)
+    scheduler = build_scheduler(args.scheduler, optimizer, args.epochs * steps, args.step_size * steps, args.gamma)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    ema = WeightAverage(model, args.ema) if args.ema else None
+    return TrainingState(model, optimizer, scheduler, scaler, ema, steps)
+
+
 def main(args) -> int:
     with RunFiles(args.checkpoint, args.model).held():
         run(args)
@@ -162,22 +173,15 @@ def run(args) -> None:
         classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
         reports = check_data(args.data_root, ["train", "val"], classes, args.label_format, args.val_percent)
         train_loader, val_loader = build_loaders(args, classes, reports["val"].sizes, device)
-    model = build_network(args, classes, checkpoint).to(device)
-    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs
-    optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)
-    steps = len(train_loader)
-    scheduler = build_scheduler(args.scheduler, optimizer, args.epochs * steps, args.step_size * steps, args.gamma)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    ema = WeightAverage(model, args.ema) if args.ema else None
-    state = TrainingState(model, optimizer, scheduler, scaler, ema, steps)
+    state = build_state(args, classes, checkpoint, device, amp_dtype, len(train_loader))
     config = describe(args, classes, reports)
     begin(args, files, state, config, checkpoint)
     del checkpoint  # its memory
     for report in reports.values():
         print(f"{report.split}: {report.pairs} images" + (f"\n{stray_line(report)}" if report.stray else ""))
     print(class_line(reports["train"], classes))
-    print(f"{args.model} of width {args.width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-          f"{len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
+    print(f"{args.model} of width {args.width}, {sum(p.numel() for p in state.model.parameters()) / 1e6:.1f} M "
+          f"parameters, {len(classes)} classes, on {device}{f' in {amp_dtype}' if amp_dtype else ''}", flush=True)
     if device.type == "cpu" and args.width > 32:
         print("this takes many hours on a CPU; --width 16 takes a twelfth of the time", flush=True)
     weight = class_weights(args.class_weights, torch.from_numpy(reports["train"].pixels[: len(classes)]),
@@ -225,46 +229,6 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
         seconds = (time.perf_counter() - started) / (epoch - before)
         print_epoch(epoch, args.epochs, row, best, seconds)
         monitor(row, state.history)
-
-
-def print_epoch(epoch: int, epochs: int, row: dict[str, float], best: bool, seconds: float) -> None:
-    """One line of figures. seconds: of an epoch, on average."""
-    scores = ("val {val_loss:.3f} mIoU {val_miou:.3f} acc {val_pixel_accuracy:.3f}  ".format(**row)
-              if "val_miou" in row else "")
-    rest = seconds * (epochs - epoch)
-    left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min" if rest < 5400 else f"{rest / 3600:.1f} h"
-    print(f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
-          f"{row['images_per_second']:.1f} img/s  {left} left{' *best' if best else ''}", flush=True)
-
-
-def print_end(args, files: RunFiles, classes: ClassSet) -> None:
-    """The best epoch's table, and what to run next."""
-    best, data = shlex.quote(str(files.path("best.pth"))), shlex.quote(str(args.data_root))
-    scores = load_checkpoint(files.path("best.pth"))["scores"]
-    table = score_table(scores, classes.names, classes.ignore_index) if scores else ""
-    predict = "--demo" if args.demo else f"--image_dir IMAGES --checkpoint {best}"
-    print(f"\nbest epoch, {best}:\n{table}\n\npictures: {files.path('panel.png')} (image, mask, prediction), "
-          f"{files.path('curves.png')}\nnext:\n  python predict.py {predict}\n"
-          f"  python evaluate.py --data_root {data} --split val --checkpoint {best}")
-
-
-def resume_hint(files: RunFiles) -> str:
-    """What to type to go on after a signal."""
-    if not files.path("last.pth").is_file():
-        return "no epoch was finished, so there is nothing to resume"
-    flags = shlex.join(sys.argv[1:]).removesuffix(" --resume auto")
-    return f"to go on after the last finished one:\n  python train.py {flags} --resume auto"
-
-
-def describe_loss(step: int | None, epoch: int, loader: Any) -> str:
-    """Where the loss was lost, and what to try. step: None in validation."""
-    where = "the validation"
-    if step is not None:
-        size = loader.batch_size * distributed.world_size()
-        names = [loader.dataset.pairs[i].image.name for i in loader.sampler.order()[step * size:(step + 1) * size]]
-        where = f"step {step + 1}, with {', '.join(names)}"
-    return (f"the loss is NaN or infinite in epoch {epoch}, {where}; try a lower --lr or --clip_grad 1. The checkpoint "
-            f"of the last finished epoch is untouched")
 
 
 if __name__ == "__main__":

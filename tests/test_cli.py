@@ -18,10 +18,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
 
-import train
 from datasets import synthetic
 from datasets.classes import CAMVID
 from metric import score_table
+from training.monitor import print_epoch
 from training.recipe import build_scheduler
 
 
@@ -34,7 +34,7 @@ def evaluate(call, cwd: Path, *flags) -> dict:
 @pytest.mark.parametrize("row", [{}, {"val_loss": 1.2345, "val_miou": 0.69, "val_pixel_accuracy": 0.5}])
 def test_an_epochs_line_fits_100_columns(row, capsys):
     row |= {"train_loss": 1.2345, "lr": 0.000123, "images_per_second": 34.56}
-    train.print_epoch(100, 300, row, True, 60.0)
+    print_epoch(100, 300, row, True, 60.0)
     line = capsys.readouterr().out
     assert "loss 1.234" in line and "3.3 h left" in line and line.endswith(" *best\n") and len(line) <= 100
 

@@ -1,12 +1,19 @@
-"""What a run shows of itself: curves and a panel of predictions after every validation, and TensorBoard."""
+"""What a run shows of itself: its lines, curves and a panel of predictions after every validation, and TensorBoard."""
+import shlex
+import sys
+from typing import Any
+
 import numpy as np
 
 from datasets.camvid import CamVidDataset
 from datasets.classes import ClassSet
 from inference.predictor import Predictor
+from metric import score_table
 from output.visualize import panel_image, save_curves
 from support.command import UserError, is_main_process
 from support.files import write_file
+from training.checkpoints import load_checkpoint
+from training.distributed import world_size
 from training.run import RunFiles
 
 
@@ -50,3 +57,43 @@ class Monitor:
         write_file(self.files.path("panel.png"), panel.save)
         if self.writer:
             self.writer.add_image("image, mask, prediction", np.asarray(panel), epoch, dataformats="HWC")
+
+
+def print_epoch(epoch: int, epochs: int, row: dict[str, float], best: bool, seconds: float) -> None:
+    """One line of figures. seconds: of an epoch, on average."""
+    scores = ("val {val_loss:.3f} mIoU {val_miou:.3f} acc {val_pixel_accuracy:.3f}  ".format(**row)
+              if "val_miou" in row else "")
+    rest = seconds * (epochs - epoch)
+    left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min" if rest < 5400 else f"{rest / 3600:.1f} h"
+    print(f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  {scores}lr {row['lr']:.2g}  "
+          f"{row['images_per_second']:.1f} img/s  {left} left{' *best' if best else ''}", flush=True)
+
+
+def print_end(args, files: RunFiles, classes: ClassSet) -> None:
+    """The best epoch's table, and what to run next."""
+    best, data = shlex.quote(str(files.path("best.pth"))), shlex.quote(str(args.data_root))
+    scores = load_checkpoint(files.path("best.pth"))["scores"]
+    table = score_table(scores, classes.names, classes.ignore_index) if scores else ""
+    predict = "--demo" if args.demo else f"--image_dir IMAGES --checkpoint {best}"
+    print(f"\nbest epoch, {best}:\n{table}\n\npictures: {files.path('panel.png')} (image, mask, prediction), "
+          f"{files.path('curves.png')}\nnext:\n  python predict.py {predict}\n"
+          f"  python evaluate.py --data_root {data} --split val --checkpoint {best}")
+
+
+def resume_hint(files: RunFiles) -> str:
+    """What to type to go on after a signal."""
+    if not files.path("last.pth").is_file():
+        return "no epoch was finished, so there is nothing to resume"
+    flags = shlex.join(sys.argv[1:]).removesuffix(" --resume auto")
+    return f"to go on after the last finished one:\n  python train.py {flags} --resume auto"
+
+
+def describe_loss(step: int | None, epoch: int, loader: Any) -> str:
+    """Where the loss was lost, and what to try. step: None in validation."""
+    where = "the validation"
+    if step is not None:
+        size = loader.batch_size * world_size()
+        names = [loader.dataset.pairs[i].image.name for i in loader.sampler.order()[step * size:(step + 1) * size]]
+        where = f"step {step + 1}, with {', '.join(names)}"
+    return (f"the loss is NaN or infinite in epoch {epoch}, {where}; try a lower --lr or --clip_grad 1. The checkpoint "
+            f"of the last finished epoch is untouched")
