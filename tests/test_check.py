@@ -19,7 +19,7 @@ DEFECTS = {
     "twin": (lambda image, mask: mask.with_stem("twin_L").write_bytes(b""), "twin.png and twin_L.png share"),
     "jpeg": (lambda image, mask: Image.open(mask).save(mask, "JPEG"), "train_labels/jpeg.png: JPEG changes"),
     "narrow": (lambda image, mask: save(mask, PALETTE[:, None]), "narrow.png: is 1×12, its image is 16×12"),
-    "empty": (lambda image, mask: image.write_bytes(b""), "train/empty.png: cannot be read"),
+    "empty": (lambda image, mask: image.write_bytes(b""), "train/empty.png: is no image"),
     "torn": (lambda image, mask: mask.write_bytes(mask.read_bytes()[:-60]), "train_labels/torn.png: cannot be read"),
     "ids": (lambda image, mask: save(mask, np.arange(192, dtype=np.uint8).reshape(12, 16) % 12), "--label_format ids"),
 }
