@@ -341,7 +341,7 @@ while kills < 20:
     if os.waitpid(pid, 0)[1]:
         kills += 1
     else:  # it came to its end: begin once more
-        Path("killed").rename("finished%d" % kills)
+        Path("killed").rename("finished%d" % len([*Path().glob("finished*")]))
 assert os.waitpid(start("killed", "--resume", "auto"), 0)[1] == 0
 """
 

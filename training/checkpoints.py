@@ -107,8 +107,9 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     state = load_checkpoint(path)
     config = state["config"]
     config["max_side"] = config.get("max_side") or 0
-    model = describe_network(config).to_empty(device="cpu")
-    model.load_state_dict(state["state_dict"])
+    model = describe_network(config)
+    model.load_state_dict({name: state["state_dict"][name].to(like.dtype) for name, like in model.state_dict().items()},
+                          assign=True)
     return model.eval(), ClassSet.from_dict(config["classes"]), config
 
 
