@@ -218,7 +218,7 @@ def check_checkpoint(state: Any, limit: int = 2**63, training: bool = False) -> 
     for key in ("model_state_dict", *["ema_state_dict"] * bool(flags["ema"])):
         check_tensors(run[key], weights, f"training.{key}", limit)
     groups = build_optimizer(flags["optimizer"], network, 1.0, 0.0).param_groups
-    expected = {f"{i}.{key}": p.new_empty(() if key == "step" else p.shape)
+    expected = {f"{i}.{key}": torch.empty(() if key == "step" else p.shape, device="meta")
                 for i, p in enumerate(p for group in groups for p in group["params"])
                 for key in OPTIMIZER_STATE[flags["optimizer"]]}
     # Empty without momentum, and before the first update.
