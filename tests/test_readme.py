@@ -149,9 +149,11 @@ def test_exports_of_labelling_tools(tmp_path, call, monkeypatch, tool):
     status, out, _ = call("datasets.check", "--data_root", data, "--val_percent", 20)
     assert status == 0 and "train: 16 pairs" in out and "val: 4 pairs" in out and out.count("33.33%") == 6
     flags = "--data_root", data, "--val_percent", 20, *SMALL, "--epochs", 1
-    if tool == "labelme":  # the checkpoint remembers the share, and evaluation takes the same images
+    if tool == "labelme":  # the checkpoint remembers the share: evaluation and a resumed run take the same images
         assert call("train.py", *flags)[0] == 0
         assert "unet_best.pth on val of" in (out := call("evaluate.py", "--data_root", data)[1]) and ", 4 images" in out
+        status, out, _ = call("train.py", "--data_root", data, *SMALL, "--epochs", 2, "--resume", "auto")
+        assert status == 0 and "resumed after epoch 1" in out and "train: 16 images\nval: 4 images" in out
 
 
 @pytest.mark.slow

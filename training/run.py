@@ -26,7 +26,7 @@ from training.recipe import WeightAverage
 # A resumed run keeps these flags; one that is typed and contradicts them is refused, not ignored.
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
                "batch_size", "clip_grad", "crop_size", "max_side", "scale", "jitter", "class_weights", "loss",
-               "label_smoothing", "ema", "seed")
+               "label_smoothing", "ema", "seed", "val_percent")
 KEPT_FLAGS = (*FIXED_FLAGS, "epochs", "val_every")
 RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png", "tensorboard")
 

@@ -84,6 +84,7 @@ CHECKPOINT: dict[str, Any] = {  # dictionaries may hold further fields, which no
         # What evaluation reads of the flags; train.py's parser checks those of a run that goes on.
         "train": {"data_name": Optional(Text(), absent=True), "label_format": Optional(Text(), absent=True),
                   "num_classes": Optional(Number(int, *CLASSES), absent=True),
+                  "val_percent": Optional(Number(float, 0.1, 90), absent=True),
                   "image_size": Optional(ListOf(SIDE, 1, 2), absent=True)}}}
 TRAINING: dict[str, Any] = {  # of a _last.pth
     "model_state_dict": Tensors(),
