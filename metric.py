@@ -37,9 +37,10 @@ class SegmentationMetric:
             raise ValueError(f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
         if pred.is_floating_point() or mask.is_floating_point():
             raise ValueError("predictions and masks must be integer class ids, not scores")
-        rows, columns = self._shifted(mask.to(pred.device)), self._shifted(pred)
+        mask = mask.to(pred.device)
+        rows, columns = self._shifted(mask), self._shifted(pred)
         if self.ignore_index is not None and not self.ignores_a_class:
-            rows.masked_fill_(mask.to(pred.device) == self.ignore_index, self.num_classes + 2)
+            rows.masked_fill_(mask == self.ignore_index, self.num_classes + 2)
         code = rows.mul_(self.counts.shape[1]).add_(columns).flatten()
         counts = self.counts = self.counts.to(pred.device)
         if pred.device.type == "cpu":

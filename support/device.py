@@ -41,7 +41,7 @@ def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     Raises UserError where mixed precision is asked of a device that is neither CUDA nor a CPU.
     """
     if amp == "auto":
-        amp = {"cuda": "fp16"}.get(device.type, "off") if not multiplies_bf16(device) else "bf16"
+        amp = "bf16" if multiplies_bf16(device) else "fp16" if device.type == "cuda" else "off"
     elif amp == "bf16" and not multiplies_bf16(device):
         print("--amp bf16 is emulated here, and slower than off", file=sys.stderr)
     if amp in ("fp16", "bf16") and device.type not in ("cuda", "cpu"):

@@ -129,12 +129,12 @@ def release(source: Path, target: Path) -> None:
 
     Raises UserError if ``source`` is no trained model or its weights do not fit half precision.
     """
-    model, _, config = load_model(source)
+    state = load_checkpoint(source)
+    config = state["config"]
     config["train"] = {key: value for key, value in config["train"].items() if key not in LOCAL_FLAGS}
     weights = {name: tensor.half() if tensor.is_floating_point() else tensor
-               for name, tensor in model.state_dict().items()}
+               for name, tensor in state["state_dict"].items()}
     beyond = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if beyond:
         raise UserError(f"{source}: {beyond[0]} has values beyond half precision")
-    scores = load_checkpoint(source).get("scores", {})
-    save_checkpoint(target, {"state_dict": weights, "scores": scores, "config": config})
+    save_checkpoint(target, {"state_dict": weights, "scores": state["scores"], "config": config})

@@ -183,8 +183,9 @@ class WithoutRandomWeights(TorchFunctionMode):
 def describe_network(config: dict) -> nn.Module:
     """The network of a checked config on the meta device, which takes no memory."""
     with torch.device("meta"), WithoutRandomWeights():
-        return build_model(config["model"]["name"], len(config["classes"]["names"]), **{
-            "width": config["model"]["options"]["width"]})  # no other option: one could start a download
+        # No other option: one could start a download.
+        return build_model(config["model"]["name"], len(config["classes"]["names"]),
+                           width=config["model"]["options"]["width"])
 
 
 def check_checkpoint(state: Any, limit: int = 2**63, training: bool = False) -> None:
