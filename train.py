@@ -8,6 +8,8 @@
 from support.command import Parser, RunError, Terminated, UserError, number, run_command  # isort: split
 
 import copy
+import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Collection
@@ -18,7 +20,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.cache import FrameCache, cache_bytes
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes
 from datasets.check import SplitReport, add_data_flags, check_data, class_line, stray_line
 from datasets.classes import ClassSet
@@ -37,7 +38,7 @@ from training.recipe import WeightAverage, add_recipe_flags, build_optimizer, bu
 from training.run import KEPT_FLAGS, RunFiles, TrainingState, begin, describe, resumed_file, stored_flags
 from training.schema import MAX_WIDTH
 
-CACHE_LIMIT = 2 << 30  # bytes of decoded images
+KEPT_BYTES = 2 << 30  # of decoded images; CamVid at 480×360 has 0.3 GB
 # The demo has three minutes on two CPU cores: small images, many small steps, a schedule that ends in time.
 DEMO_SCENES, DEMO_SIZE = {"train": 300, "val": 40, "test": 8}, (192, 144)
 DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 8, "epochs": 12,
@@ -117,16 +118,13 @@ def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.devi
             DataLoader(val_set, val_batch, sampler=val_share, **common))
 
 
-def cache_frames(files: RunFiles, datasets: list[Any], reports: dict[str, SplitReport],
-                 max_side: int) -> list[FrameCache]:
-    """Decode every image once, into files of the run, where they are small enough; else in every epoch."""
-    sizes = [cache_bytes(report.sizes, max_side) for report in reports.values()]
-    if sum(sizes) > CACHE_LIMIT:
-        return []
-    with distributed.main_process_first():
-        for split, dataset, size in zip(reports, datasets, sizes):
-            dataset.cache = FrameCache(files.path(f"{split}.frames"), dataset, size)
-    return [dataset.cache for dataset in datasets]
+def keep_decoded(loaders: tuple[DataLoader, DataLoader], reports: dict[str, SplitReport]) -> None:
+    """Decode every image once, not in every epoch, where memory holds them all."""
+    decoded = sum(4 * math.prod(size) * count for report in reports.values() for size, count in report.sizes.items())
+    shared = not loaders[0].num_workers or multiprocessing.get_start_method() == "fork"
+    if shared and decoded * distributed.world_size() <= KEPT_BYTES:
+        for loader in loaders:
+            loader.dataset.keep_decoded()  # type: ignore[attr-defined]
 
 
 def build_network(args, classes: ClassSet, checkpoint: dict | None) -> nn.Module:
@@ -187,7 +185,7 @@ def run(args) -> None:
     weight = class_weights(args.class_weights, torch.from_numpy(reports["train"].pixels[: len(classes)]),
                            classes.ignore_index)
     loss_fn = SegmentationLoss(classes.void_id, weight, args.label_smoothing, dice=args.loss == "ce+dice").to(device)
-    caches = cache_frames(files, [train_loader.dataset, val_loader.dataset], reports, args.max_side or 0)
+    keep_decoded((train_loader, val_loader), reports)
     try:
         fit(args, state, config, files, classes, train_loader, val_loader, loss_fn, device, amp_dtype)
     except NonFiniteLoss as error:
@@ -195,9 +193,6 @@ def run(args) -> None:
     except (KeyboardInterrupt, Terminated):
         print(f"\nstopped; {resume_hint(files)}", file=sys.stderr)
         raise
-    finally:
-        for cache in caches:
-            cache.remove()
     distributed.end_processes()
     print_end(args, files, classes)
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.cache import FrameCache
 from datasets.camvid import CamVidDataset, EpochSampler
 from datasets.classes import CAMVID
 from datasets.synthetic import generate_scene
@@ -35,7 +34,7 @@ def masks(args) -> Iterator[Row]:
 
 def items(args) -> Iterator[Row]:
     dataset, cached = (CamVidDataset(args.data_root, "train", CAMVID, train_transform((224, 224), 0)) for _ in range(2))
-    cached.cache = FrameCache(args.scratch / "frames", cached)
+    cached.keep_decoded()
     plain = references.PlainDataset(dataset.pairs)
     turn = iter(range(1 << 30))
     threads = torch.get_num_threads()
@@ -150,7 +149,7 @@ def loading(args) -> Iterator[Row]:
     """The share of an epoch that is left when its batches lie in memory already."""
     width, workers = 16 if DEVICE.type == "cpu" else 64, default_workers(DEVICE)
     dataset = CamVidDataset(args.data_root, "train", CAMVID, train_transform((224, 224), 0))
-    dataset.cache = FrameCache(args.scratch / "frames", dataset)
+    dataset.keep_decoded()
     loader = DataLoader(dataset, 4, sampler=EpochSampler(len(dataset)), num_workers=workers,
                         persistent_workers=workers > 0, worker_init_fn=init_worker)
     model, amp_dtype = build_model("unet", 12, width=width), select_amp_dtype("auto", DEVICE)

@@ -9,6 +9,7 @@ import random
 import re
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datasets.classes import CAMVID, CAMVID32, UNKNOWN, ClassSet
-from support.command import UserError, printable
+from support.command import UserError, printable, progress
 from support.images import IMAGE_SUFFIXES, open_image, read_image, shrink, to_rgb
 
 Pair = namedtuple("Pair", ("image", "mask"))  # two paths
@@ -167,7 +168,7 @@ class CamVidDataset(Dataset):
         self.classes, self.transform = classes, transform
         self.label_format = resolve_label_format(label_format, mask_dir, classes)
         self.max_side, self.native_masks = max_side, native_masks
-        self.cache: Any = None  # a FrameCache to read samples from instead
+        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -179,9 +180,17 @@ class CamVidDataset(Dataset):
         mask[mask == UNKNOWN] = self.classes.void_id
         return shrink(read_image(pair.image), self.max_side), shrink(mask, 0 if self.native_masks else self.max_side)
 
+    def keep_decoded(self) -> None:
+        """Read all samples once and keep them in memory, which data loader workers share if they are forked."""
+        with ThreadPoolExecutor() as pool:
+            self.kept = [*progress(pool.map(self.read, range(len(self))), desc="decoding", total=len(self))]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"kept": []}  # a spawned worker reads the files
+
     def __getitem__(self, key: int | tuple[int, int]):
         index, seed = key if isinstance(key, tuple) else (key, None)
-        image, mask = (self.cache or self).read(index)
+        image, mask = map(np.copy, self.kept[index]) if self.kept else self.read(index)
         if self.transform is None:
             return image, mask
         if seed is not None:

@@ -105,6 +105,23 @@ def test_a_coloured_mask_is_not_ids(tmp_path):
         read_mask(make_pair(tmp_path, "a")[1], CAMVID, "ids")
 
 
+@pytest.mark.parametrize("options", [{}, {"max_side": 9}, {"max_side": 9, "native_masks": True}])
+def test_samples_that_are_kept_come_back_as_read(options, tmp_path):
+    for i in range(3):
+        make_pair(tmp_path, "abc"[: i + 1], np.random.default_rng(i).integers(0, 12, (8 + i, 13)))
+    dataset = CamVidDataset(tmp_path, "train", CAMVID, **options)
+    expected = [dataset[i] for i in range(3)]
+    dataset.keep_decoded()
+    spawned = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 4000, "no pixels go to a worker"
+    dataset.read = None  # only what is kept can answer
+    dataset[0][0][:] = 0  # a sample is the caller's to change
+    for reader in (dataset, spawned):
+        for i in range(3):
+            for ours, theirs in zip(reader[i], expected[i], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("native_masks", [False, True])
 def test_max_side(scenes, native_masks):
     whole, small = (CamVidDataset(scenes, "train", CAMVID, max_side=n, native_masks=native_masks) for n in (0, 48))
