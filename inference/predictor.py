@@ -1,5 +1,6 @@
 """From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.command import Parser, number
 from support.device import autocast
 from support.images import limited_size, shrink
 
+Window = tuple[slice, slice]  # rows and columns
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
 MAX_PROBABILITIES = 64_000_000  # at once in evaluation, which holds a few copies: about a gigabyte
 TTA = {
@@ -43,7 +45,7 @@ class Predictor:
 
     mean, std: of the channels of images in 0 … 1, for `prepare`.
     max_side: `prepare` shrinks images whose longer side exceeds this many pixels to it, keeping their shape; 0: never.
-    tile: images larger than this many pixels on a side go through in overlapping tiles, blended.
+    tile: images larger than this many pixels on a side go through in overlapping tiles.
     tta: a key of TTA, whose views' probabilities are averaged.
     """
 
@@ -68,50 +70,43 @@ class Predictor:
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
         """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids.
 
-        Of large images only a strip is in memory as floats and probabilities.
+        Of large images only a tile is in memory as floats and probabilities.
         """
         size = images[0].shape[:2]
+        if limited_size(size, self.max_side) != size:
+            return most_probable(self.probabilities(self.prepare(images)), size).cpu().numpy()
         ids = np.empty((len(images), *size), np.uint8)
-        if limited_size(size, self.max_side) == size:
-            strips = self._strips(size[0], lambda rows: self.prepare([image[rows] for image in images]))
-        else:
-            strips = _resized_strips(self.probabilities(self.prepare(images)), size, max(1, self.tile ** 2 // size[1]))
-        for rows, prob in strips:
-            ids[:, rows] = most_probable(prob).to(torch.uint8).cpu().numpy()
-            del prob  # before the next one is made
+        for part, prob in self._tiles(size, lambda window: self.prepare([image[window] for image in images])):
+            ids[:, *part] = most_probable(prob).cpu().numpy()
         return ids
 
     def __call__(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(N, 3, H, W) float32 normalised -> (N, H, W) int64 class ids, or (N, *size)."""
-        return most_probable(self.probabilities(images, size))
+        """(N, 3, H, W) float32 normalised -> (N, H, W) uint8 class ids, or (N, *size)."""
+        return most_probable(self.probabilities(images), size)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C, or (N, C, *size)."""
-        prob = [prob for _, prob in self._strips(images.shape[-2], lambda rows: images[:, :, rows])]
-        return _resize(prob[0] if len(prob) == 1 else torch.cat(prob, 2), size or images.shape[-2:])
+        whole = torch.zeros(())
+        for part, prob in self._tiles(images.shape[-2:], lambda window: images[..., *window]):
+            if prob.shape[-2:] == images.shape[-2:]:
+                whole = prob
+            else:
+                whole = whole if whole.ndim else prob.new_empty(*prob.shape[:2], *images.shape[-2:])
+                whole[..., *part] = prob
+        return _resize(whole, size or images.shape[-2:])
 
-    def _strips(self, height: int, read: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, probabilities (N, C, rows, W)) from top to bottom; of strips that overlap, as tiles do, and blend.
+    def _tiles(self, size: Sequence[int], read: Callable[[Window], Tensor]) -> Iterator[tuple[Window, Tensor]]:
+        """(rows and columns of a part, its probabilities (N, C, h, w)) of every part of images of that size.
 
-        read: rows -> (N, 3, rows, W) float32 normalised.
+        read: rows and columns -> (N, 3, h', w') float32 normalised.
         """
-        starts, weight = _starts(height, self.tile), torch.zeros(height)
-        if len(starts) == 1:
-            yield slice(0, height), self._all_views(read(slice(0, height)))
-            return
-        for top in starts:
-            weight[top:top + self.tile] += _ramp(self.tile, weight)
-        below: Tensor | None = None  # what the strip above has added to this one's first rows
-        for top, end in zip(starts, [*starts[1:], height]):
-            prob = self._all_views(read(slice(top, top + self.tile)))
-            prob *= _ramp(self.tile, prob)[:, None] / weight[top:top + self.tile, None].to(prob)
-            if below is not None:
-                prob[:, :, :below.shape[2]] += below
-            below = prob[:, :, end - top:].clone()
-            prob = prob[:, :, :end - top]
-            yield slice(top, end), prob
-            del prob  # before the next one is made
+        for seen_rows, rows in tile_spans(size[0], self.tile):
+            for seen_columns, columns in tile_spans(size[1], self.tile):
+                prob = self._all_views(read((seen_rows, seen_columns)))
+                top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
+                yield (rows, columns), prob[..., top:top + rows.stop - rows.start,
+                                            left:left + columns.stop - columns.start]
 
     def _all_views(self, images: Tensor) -> Tensor:
         """The mean of the probabilities over all views."""
@@ -127,7 +122,7 @@ class Predictor:
         """The probabilities of the images seen at another scale, or mirrored."""
         view = images.flip(-1) if flip else images
         view = _resize(view, [max(1, round(side * scale)) for side in images.shape[-2:]], antialias=True)
-        prob = _resize(self._tiled(view), images.shape[-2:])
+        prob = _resize(self._network(view), images.shape[-2:])
         return prob.flip(-1) if flip else prob
 
     def _network(self, images: Tensor) -> Tensor:
@@ -139,41 +134,28 @@ class Predictor:
             logits[:, self.ignore_index] = -torch.inf
         return logits.softmax(1)
 
-    def _tiled(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if max(height, width) <= self.tile:
-            return self._network(images)
-        total = weight = torch.zeros(())
-        for top in _starts(height, self.tile):
-            for left in _starts(width, self.tile):
-                window = (..., slice(top, top + self.tile), slice(left, left + self.tile))
-                prob = self._network(images[window])
-                if total.ndim == 0:  # the first tile tells the number of classes
-                    total = prob.new_zeros(*prob.shape[:2], height, width)
-                    weight = prob.new_zeros(height, width)
-                ramp = _ramp(prob.shape[-2], prob)[:, None] * _ramp(prob.shape[-1], prob)
-                total[window] += prob * ramp
-                weight[window] += ramp
-        return total.div_(weight)
+
+def most_probable(prob: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """(N, C, H, W) -> (N, H, W) uint8 class ids, or (N, *size): those of the probabilities at that size."""
+    height, width = size or prob.shape[-2:]
+    tall = _resize(prob, (height, prob.shape[-1]))
+    # A few rows at a time: all classes of a large photograph would not fit in memory.
+    strips = tall.split(max(1, TILE ** 2 // width), dim=2)
+    # Not argmax, which takes six times as long on the CPU.
+    return torch.cat([_resize(strip, (strip.shape[2], width)).max(1).indices.to(torch.uint8) for strip in strips], 1)
 
 
-def most_probable(prob: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W) int64, as argmax(1), which takes six times as long on the CPU."""
-    return prob.max(1).indices
+def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
+    """(what a tile sees, the part of it that is kept) along a side of an image.
 
-
-def _starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin along a side: evenly spread, the last flush with the end, overlapping by a quarter or more."""
-    if side <= tile:
-        return [0]
-    count = -(-(side - tile) // (tile * 3 // 4)) + 1
-    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
-
-
-def _ramp(length: int, like: Tensor) -> Tensor:
-    """(length,) blending weights that fall from the middle to both ends, where a tile lacks context."""
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    return torch.minimum(position + 1, length - position) / length
+    Tiles overlap by a quarter or more, and their edges, where context is missing, are not kept. They begin at multiples
+    of 32, so that the network's strides fall on the same pixels as in the whole image: tiles of 960 give the U-Net's
+    very answer, because it sees less than the 128 pixels that are cut off.
+    """
+    step = max(32, tile * 3 // 4 // 32 * 32)
+    starts = range(0, max(1, side - tile + step), step)
+    cuts = [0, *(start + (tile - step) // 2 for start in starts[1:]), side]
+    return [(slice(start, min(start + tile, side)), slice(*part)) for start, part in zip(starts, pairwise(cuts))]
 
 
 def _resize(x: Tensor, size: Sequence[int], antialias: bool = False) -> Tensor:
@@ -181,21 +163,6 @@ def _resize(x: Tensor, size: Sequence[int], antialias: bool = False) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
-
-
-def _resized_strips(prob: Tensor, size: tuple[int, int], rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, (N, C, rows, W)) of what `_resize` makes of (N, C, h, w), so many rows at a time."""
-    height, width = size
-    if height <= rows:
-        yield slice(0, height), _resize(prob, size)
-        return
-    position = ((torch.arange(height) + 0.5) * (prob.shape[2] / height) - 0.5).clamp_(0, prob.shape[2] - 1)
-    above, share = position.long(), position.frac().to(prob)[:, None]
-    below = (above + 1).clamp_max(prob.shape[2] - 1)
-    for top in range(0, height, rows):
-        part = slice(top, min(height, top + rows))
-        yield part, _resize(prob[:, :, above[part]].lerp(prob[:, :, below[part]], share[part]),
-                            (part.stop - part.start, width))
 
 
 def predict_stream(predictor: Predictor, items: Iterable[tuple[str, np.ndarray]],
