@@ -7,16 +7,12 @@ import shutil
 import socket
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from support.command import RunError, UserError, printable
+from filelock import FileLock, Timeout
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from support.command import RunError, UserError, printable
 
 UNFINISHED, LOCK = ".unfinished-", ".lock"
 
@@ -58,61 +54,32 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 1) -> Iterator[Path]:
+def locked(folder: Path, patience: float = 1) -> Iterator[None]:
     """Create a folder, keep other processes out of it, and clear it of what a killed one left unfinished.
 
     A folder that was created and stays empty is removed at the end.
     patience: seconds to wait for another process; the system lets go of the lock of one that dies. Raises UserError
     that names the process that holds the folder, or if the folder cannot be created, RunError if it cannot be locked.
     """
-    there, path, deadline = folder.is_dir(), folder / LOCK, time.monotonic() + patience
+    new, path = not folder.is_dir(), make_folder(folder) / LOCK
     try:
-        while (lock := _lock(make_folder(folder) / LOCK)) is None:
-            if time.monotonic() > deadline:
-                holder = path.read_text(encoding="utf-8")
-                raise UserError(f"{folder} is in use by {holder}; wait for its end, or name another folder")
-            time.sleep(0.05)
+        lock = FileLock(path, mode=0o666).acquire(timeout=patience)
+    except Timeout:
+        holder = path.read_text(errors="replace") or "another process"
+        raise UserError(f"{folder} is in use by {holder}; wait for its end, or name another folder") from None
     except OSError as error:
         raise RunError(f"{folder}: cannot be locked ({error.strerror or error})") from None
-    try:
-        command = printable(shlex.join(sys.argv))[:300]
+    with lock:
         with contextlib.suppress(OSError):  # a full disk
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode())
+            command = printable(shlex.join(sys.argv))[:300]
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command})")
         for left in folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else remove_file(left)
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(lock), path.stat()):  # not that of a later run, if the folder was removed
-                path.unlink()
-            if not there:
-                folder.rmdir()
-        os.close(lock)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the file for this process, children not included; None if another process has it."""
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except FileNotFoundError:  # its holder has just removed the folder
-        return None
-    try:
-        if sys.platform == "win32":
-            os.lseek(lock, 1 << 20, os.SEEK_SET)  # the text before stays readable
-            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-            os.lseek(lock, 0, os.SEEK_SET)
-        else:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), path.stat()):  # else its holder has removed it since
-            return lock
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        pass
-    except OSError as error:
-        print(f"warning: {path.parent} cannot be locked ({error.strerror}); keep other runs out of it", file=sys.stderr)
-        return lock
-    os.close(lock)
-    return None
+        try:
+            yield
+        finally:
+            if new and os.listdir(folder) == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 def call(call, tmp_path):
     """As conftest's; what was in the folder before is untouched, and a mistake is one line that adds no file."""
     def files(folder: Path) -> dict[Path, int]:
-        return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()}
+        return {path: path.lstat().st_mtime_ns for path in folder.rglob("[!.]*") if not path.is_dir()}
 
     def checked(*args, cwd: Path = tmp_path) -> tuple[int, str, str]:
         before = files(cwd)
@@ -76,7 +76,8 @@ def test_images(call, trained, tmp_path, pattern):
     status, printed, err = call("predict.py", "--image_dir", pattern, "--tile", 64, "--tta", "flip+scale", "--max_side",
                                 300, "--checkpoint", trained / "checkpoint" / "unet_best.pth")
     assert status == 1 and "pixels of each class" in printed and err.count("skipped: ") == len(broken) > 6
-    assert f"{len(broken)} of {len(broken + readable)} files" in err and len(list(out.iterdir())) == 2 * len(readable)
+    assert f"{len(broken)} of {len(broken + readable)} files" in err
+    assert len(list(out.glob("[!.]*"))) == 2 * len(readable)
     assert all(f"images/{name}: " in err for name in broken)
     for name in readable:
         stem = name.replace(".", "_") if name.startswith("a.") else Path(name).stem

@@ -67,7 +67,7 @@ def test_an_archive_becomes_the_standard_split(call, tmp_path, layout, online):
     with sending(answer) if online else contextlib.nullcontext(archive) as source:
         status, _, err = call("datasets.download", "--out", root, "--from", source)
     assert status == 0 and not err
-    assert {path.name for path in root.iterdir()} == {s + e for s in STEMS for e in ("", "_labels")}
+    assert {path.name for path in root.glob("[!.]*")} == {s + e for s in STEMS for e in ("", "_labels")}
     for split, stems in STEMS.items():
         dataset = CamVidDataset(root, split, CAMVID)
         assert [pair.image.stem for pair in dataset.pairs] == sorted(stems)

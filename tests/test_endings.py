@@ -98,7 +98,7 @@ def test_a_stopped_training_says_how_to_go_on(trained, scenes, tmp_path, call, m
     assert status == 128 + number and "to go on after the last finished one:" in hint
     assert shlex.split(typed) == ["python", "train.py", "--data_root", *map(str, (scenes, *SMALL)), "--resume", "auto"]
     assert len(load(tmp_path)["training"]["history"]) == 1
-    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").glob("[!.]*")}
     status, out, err = train_until(monkeypatch, call, scenes, 1, lambda: signal.raise_signal(number))
     assert status == 128 + number and "moved the earlier run" in out and "no epoch was finished" in err
     aside, = (tmp_path / "checkpoint").glob("unet_until_*")
@@ -124,7 +124,7 @@ from support.command import run_command
 def run(epochs):
     sys.argv = ["train.py", *{flags!r}, "--checkpoint", "disk/run", "--resume", "auto", "--epochs", str(epochs)]
     status = run_command(train.main, train.get_args_parser())
-    assert not [name for name in os.listdir("disk/run") if name.startswith(".")]
+    assert not [name for name in os.listdir("disk/run") if name.startswith(".unfinished")]
     return status, len(torch.load("disk/run/unet_last.pth")["training"]["history"])
 
 assert run(1) == (0, 1)

@@ -75,8 +75,8 @@ def test_too_little_memory_is_one_line(scenes, trained, tmp_path, call):
     before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
     try:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300_000_000, before[1]))
-        status, _, err = call("predict.py", "--image_dir", "large.png", "--checkpoint",
-                              trained / "checkpoint" / "unet_best.pth", "--tile", 9999, "--device", "cpu")
+        status, _, err = call("predict.py", "--image_dir", "large.png", "--tile", 9999, "--max_side", 0, "--device",
+                              "cpu", "--checkpoint", trained / "checkpoint" / "unet_best.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert status == 1 and err.count("\n") == 1 and "out of memory; lower" in err
