@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,15 +63,14 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def in_background(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:
-    """``function(item)`` in the order of the items, computed by the pool, IN_FLIGHT of them ahead."""
-    waiting: deque[Future] = deque()
+def in_background(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator[tuple[Any, Future]]:
+    """Each item with its ``function(item)``, in their order; the pool computes IN_FLIGHT of them ahead."""
+    waiting: deque[tuple[Any, Future]] = deque()
     for item in items:
-        waiting.append(pool.submit(function, item))
+        waiting.append((item, pool.submit(function, item)))
         if len(waiting) > IN_FLIGHT:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+            yield waiting.popleft()
+    yield from waiting
 
 
 def draw_overlay(image: np.ndarray, ids: np.ndarray, shown: Sequence[int], classes: ClassSet, args) -> Image.Image:
@@ -87,32 +87,29 @@ def predict_images(names: dict[Path, str], predictor: Predictor, classes: ClassS
     """
     pixels, broken, shrunk = np.zeros(len(classes), np.int64), 0, 0
 
-    def read(path: Path) -> tuple[Path, np.ndarray | UserError]:
-        try:
-            return path, read_image(path)
-        except UserError as error:
-            return path, error
-
     def readable() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal broken
-        for path, image in in_background(pool, read, names):
-            if isinstance(image, UserError):
+        for path, reading in in_background(pool, read_image, names):
+            try:
+                image = reading.result()
+            except UserError as error:
                 broken += 1
                 bar.update()
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
             else:
                 yield names[path], image
 
-    def write(item: tuple[str, np.ndarray, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray]:
+    def write(item: tuple[str, np.ndarray, np.ndarray]) -> None:
         name, image, ids = item
         write_file(args.save_dir / f"{name}_mask.png", mask_image(ids, classes).save)
         if args.overlay:
             overlay = draw_overlay(image, ids, np.unique(ids).tolist(), classes, args)
             write_file(args.save_dir / f"{name}_overlay.png", lambda path: overlay.save(path, compress_level=1))
-        return item
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(names), unit="image", disable=None) as bar:
-        for name, image, ids in in_background(pool, write, predict_stream(predictor, readable(), args.batch_size)):
+        predictions = predict_stream(predictor, readable(), args.batch_size)
+        for (name, image, ids), writing in in_background(pool, write, predictions):
+            writing.result()
             for row in ids:  # at once it would take eight bytes a pixel
                 pixels += np.bincount(row, minlength=len(classes))
             shrunk += limited_size(ids.shape, predictor.max_side) != ids.shape

@@ -39,12 +39,12 @@ def find_classes(root: Path, data_name: str = "auto", label_format: str = "auto"
         classes = ClassSet.from_csv(table)
     elif data_name == "auto" and label_format == "ids":
         classes = ClassSet.numbered(num_classes)
-    if num_classes not in (None, len(classes)) and classes == CAMVID and not table.is_file():
-        raise UserError(f"num_classes {num_classes}: without {table} the masks are read in the colours of CamVid's "
-                        f"{len(CAMVID)} classes; python -m datasets.check --data_root {root} --write_classes writes "
-                        f"that table for your colours, and --label_format ids reads masks of class ids")
     if num_classes not in (None, len(classes)):
-        raise UserError(f"num_classes {num_classes}: {classes.source or root} has {len(classes)} classes; leave it out")
+        advice = "leave it out" if classes.source else (
+            f"python -m datasets.check --data_root {root} --write_classes writes a class_dict.csv of the colours of "
+            f"other masks, and --label_format ids reads masks of class ids")
+        known = f"{classes.source or 'CamVid'} has {len(classes)} classes"
+        raise UserError(f"num_classes {num_classes}: {known}; {advice}")
     return classes
 
 

@@ -6,6 +6,7 @@
 from support.command import Parser, UserError, number, printable, progress, run_command  # isort: split
 
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from datasets import camvid
-from datasets.classes import CAMVID, UNKNOWN, ClassSet, table_of_masks
+from datasets.classes import CAMVID, UNKNOWN, ClassSet, Color
 from support.files import write_file
 from support.images import open_image, read_image, to_rgb
 
 MAX_STRAY = 0.01  # of a mask's pixels may have an unknown colour; they count as void
+MOST_COLORS = 160  # in masks; more are blends at the edges of classes
 
 
 @dataclass
@@ -30,7 +32,6 @@ class SplitReport:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     stray: dict[str, int] = field(default_factory=dict)  # mask -> pixels of unknown colour or id
     problems: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # the problems of masks with too many stray pixels
 
 
 def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "auto",
@@ -43,91 +44,94 @@ def check_split(root: Path, split: str, classes: ClassSet, label_format: str = "
     report = SplitReport(split, len(pairs), problems=problems)
     label_format = camvid.resolve_label_format(label_format, mask_dir, classes)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        results = pool.map(lambda pair: _check_pair(pair, classes, label_format), pairs)
-        for pair, result in zip(pairs, progress(results, desc=f"checking {split}", total=len(pairs))):
-            if isinstance(result, str):
-                report.problems.append(result)
-                continue
-            size, pixels, stray, problem = result
-            report.sizes[size] += 1
-            report.pixels += pixels
-            if problem:
-                report.unknown.append(problem)
-            elif stray:
-                report.stray[pair.mask.name] = stray
-    if split != "train" and not (report.problems or report.unknown or report.pixels[classes.scored].any()):
+        results = pool.map(lambda pair: _check_pair(split, pair, classes, label_format), pairs)
+        for part in progress(results, desc=f"checking {split}", total=len(pairs)):
+            report.sizes += part.sizes
+            report.pixels += part.pixels
+            report.stray |= part.stray
+            report.problems += part.problems
+    if split != "train" and not (report.problems or report.pixels[classes.scored].any()):
         report.problems.append(f"{split}: its {len(pairs)} masks hold no class: there is nothing to score")
     return report
 
 
-def _check_pair(pair: camvid.Pair, classes: ClassSet, label_format: str) -> tuple[tuple, np.ndarray, int, str] | str:
-    """The size (H, W), the (256,) pixels by class id and the number of stray pixels of a pair, and what is said if they
-    are too many; or its problem.
-    """
+def _check_pair(split: str, pair: camvid.Pair, classes: ClassSet, label_format: str) -> SplitReport:
+    """What one pair adds to the report of its split."""
+    report = SplitReport(split)
     try:
         size, ids = read_image(pair.image).shape[:2], camvid.read_mask(pair.mask, classes, label_format)
-        stray = ids == UNKNOWN
-        if label_format == "ids" and stray.any():
-            stray &= np.asarray(open_image(pair.mask)) != UNKNOWN  # 255 is the usual void of id masks
         if ids.shape != size:
             raise UserError("{}: is {}×{}, its image is {}×{}".format(pair.mask, *ids.shape[::-1], *size[::-1]))
-        problem = _describe_stray(pair.mask, stray, classes, label_format) if stray.mean() > MAX_STRAY else ""
+        report.sizes[size], report.pixels = 1, np.bincount(ids.ravel(), minlength=256)
+        if (ids == UNKNOWN).any():
+            mask = open_image(pair.mask)
+            values = np.asarray(to_rgb(mask) if label_format == "rgb" else mask)
+            stray = values[(ids == UNKNOWN) & (label_format != "ids" or values != UNKNOWN)]  # 255: id masks' usual void
+            if len(stray) > MAX_STRAY * ids.size:
+                raise UserError(f"{pair.mask}: {_describe_stray(stray, ids.size, classes)}")
+            report.stray = {pair.mask.name: len(stray)} if len(stray) else {}
     except UserError as error:
-        return str(error)
-    return size, np.bincount(ids.ravel(), minlength=256), int(stray.sum()), problem
+        report.problems.append(str(error))
+    return report
 
 
-def _describe_stray(path: Path, stray: np.ndarray, classes: ClassSet, label_format: str) -> str:
-    """Which unknown colours or ids a mask has, the most frequent first. stray: (H, W) bool."""
-    values = np.asarray(to_rgb(open_image(path)) if label_format == "rgb" else open_image(path))[stray]
+def _describe_stray(values: np.ndarray, pixels: int, classes: ClassSet) -> str:
+    """Which unknown colours (N, 3) or ids (N,) a mask of so many pixels has, the most frequent first."""
     found = Counter(map(tuple, values.reshape(len(values), -1).tolist()))
     shown = ", ".join(f"({','.join(map(str, value))}) × {count:,}" for value, count in found.most_common(4))
     hint = "; if these are class ids, use --label_format ids" if max(map(max, found)) < len(classes) else ""
-    return f"{path}: {stray.mean():.1%} of its pixels are in none of the {len(classes)} classes: {shown}{hint}"
+    return f"{len(values) / pixels:.1%} of its pixels are in none of the {len(classes)} classes: {shown}{hint}"
 
 
-def all_problems(root: Path, reports: list[SplitReport], classes: ClassSet) -> list[str]:
-    """What is wrong with single files, then with the classes as a whole."""
-    # As keys, because a missing root is the same problem in every split.
-    problems = list(dict.fromkeys(problem for report in reports for problem in report.problems))
-    wrong = wrong_classes(root, reports, classes)
-    return problems + ([wrong] if wrong else [problem for report in reports for problem in report.unknown])
+def find_problems(root: Path, reports: dict[str, SplitReport], classes: ClassSet) -> list[str]:
+    """What is wrong with single files, then with the classes as a whole.
 
-
-def wrong_classes(root: Path, reports: list[SplitReport], classes: ClassSet) -> str | None:
-    """What to do where the masks hold other classes than ``classes``, or train only one, from which nothing is learnt.
-
-    None if the classes may be right.
+    Raises UserError with the lines of a class_dict.csv instead, if CamVid's classes are assumed and cannot be right.
     """
-    pixels = sum((report.pixels for report in reports), np.zeros(256, np.int64))
-    train = sum((report.pixels for report in reports if report.split == "train"), np.zeros(256, np.int64))
+    # As keys, because a missing root is the same problem in every split.
+    problems = list(dict.fromkeys(problem for report in reports.values() for problem in report.problems))
+    pixels = np.sum([report.pixels for report in reports.values()], axis=0)
+    train = reports.get("train", SplitReport("train")).pixels
     learnt = [classes.names[i] for i in classes.scored if train[i]]
-    assumed = classes == CAMVID and classes.source is None
-    if assumed and any(report.unknown for report in reports) and pixels[UNKNOWN] > pixels[classes.scored].sum():
-        found = f"{pixels[UNKNOWN] / pixels.sum():.1%} of the masks' pixels have none of their colours"
-    elif train.any() and len(learnt) < 2:
+    assumed, table = classes == CAMVID and classes.source is None, root / "class_dict.csv"
+    if train.any() and len(learnt) < 2:
         found = f"the masks of train hold {f'only {learnt[0]}' if learnt else 'no class'}: there is nothing to learn"
-        found += "; 255 counts as void" if train[UNKNOWN] else ""
+    elif assumed and pixels[UNKNOWN] > pixels[classes.scored].sum():
+        found = f"{pixels[UNKNOWN] / pixels.sum():.1%} of the masks' pixels have none of their colours"
     else:
-        return None
+        return problems
     if not assumed:
-        return f"{root}: {found}"
-    table = root / "class_dict.csv"
+        return [*problems, f"{root}: {found}{'; 255 counts as void' if train[UNKNOWN] else ''}"]
     if table.is_file():
-        return f"{root}: the classes are CamVid's, but {found}; leave --data_name out, so that {table} is read"
-    try:
-        lines = suggest_table(root, [report.split for report in reports])
-    except UserError as error:
-        return str(error)
-    return "\n    ".join([
-        f"{root}: no class_dict.csv, so CamVid's classes are assumed, but {found}; put these lines into {table}, with "
-        f"names of your own (python -m datasets.check --data_root {root} --write_classes does it):", *lines])
+        raise UserError(f"{root}: the classes are CamVid's, but {found}; leave --data_name out, to read {table}")
+    raise UserError(f"{root}: no class_dict.csv, so CamVid's classes are assumed, but {found}; put these lines into "
+                    f"{table}, with names of your own (python -m datasets.check --data_root {root} --write_classes "
+                    f"does it):", *table_of_masks(root, reports))
 
 
-def suggest_table(root: Path, splits: list[str]) -> list[str]:
-    """`table_of_masks` of all splits. Raises UserError where there are no masks, or masks of ids."""
-    pairs = [pair for split in splits for pair in camvid.find_split(root, split)[0]]
-    return table_of_masks(pair.mask for pair in progress(pairs, desc="colours"))
+def table_of_masks(root: Path, splits: Iterable[str]) -> list[str]:
+    """The lines of a class_dict.csv for the colours of all masks, the most frequent first, with their share of the
+    pixels. The names are for the user to replace.
+
+    Raises UserError if there are no masks, or if they hold blended colours, or class ids.
+    """
+    masks = [pair.mask for split in splits for pair in camvid.find_split(root, split)[0]]
+    if not masks:
+        raise UserError(f"{root}: has no masks")
+    found: Counter[Color] = Counter()
+    for path in progress(masks, desc="colours"):
+        image = to_rgb(open_image(path))
+        found.update({color: count for count, color in image.getcolors(image.width * image.height)})  # type: ignore
+    highest = max(map(max, found))
+    if len(found) > 1 and highest < 64 and all(r == g == b for r, g, b in found):
+        raise UserError(f"{root}: the masks hold class ids from 0 to {highest}, not colours; give --label_format ids "
+                        f"--num_classes {highest + 1}")
+    if len(found) > MOST_COLORS:
+        raise UserError(f"{root}: the masks hold {len(found):,} colours; save them with one flat colour a class, "
+                        f"without smoothing")
+    return ["name,r,g,b,pixels", *(
+        f"{f'class {i}' if any(color) else 'Background'},{','.join(map(str, color))},{count / found.total():.2%}"
+        for i, (color, count) in enumerate(found.most_common()))]
 
 
 def class_line(report: SplitReport, classes: ClassSet) -> str:
@@ -142,9 +146,11 @@ def check_data(root: Path, splits: list[str], classes: ClassSet, label_format: s
                val_percent: float | None = None) -> dict[str, SplitReport]:
     """Reports by split. Raises UserError with the problems of all splits, one a line."""
     reports = {split: check_split(root, split, classes, label_format, val_percent) for split in splits}
-    if problems := all_problems(root, [*reports.values()], classes):
-        listed = [f"{root}: {len(problems)} problems", *problems[:50], *(["…"] if len(problems) > 50 else [])]
-        raise UserError(*"\n    ".join(listed if len(problems) > 1 else problems).split("\n    "))
+    problems = find_problems(root, reports, classes)
+    if len(problems) > 1:
+        problems = [f"{root}: {len(problems)} problems", *problems[:50], *(["…"] if len(problems) > 50 else [])]
+    if problems:
+        raise UserError(*problems)
     return reports
 
 
@@ -212,15 +218,17 @@ def main(args) -> int:
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")
-        text = "\n".join(suggest_table(root, splits)) + "\n"
+        text = "\n".join(table_of_masks(root, splits)) + "\n"
         write_file(table, lambda path: path.write_text(text))
         print(f"{text}wrote {table}; now give the classes their names, and call what is to be ignored Void")
         return 0
-    reports = [check_split(root, split, classes, args.label_format, args.val_percent) for split in splits]
-    problems, warning = all_problems(root, reports, classes), mixed_frames(root, splits)
-    print("\n".join([class_line(reports[0], classes), *(describe(report, classes) for report in reports),
-                     *([warning] if warning else []), f"{len(problems)} problems",
-                     *(f"  {problem}" for problem in problems)]))
+    reports = {split: check_split(root, split, classes, args.label_format, args.val_percent) for split in splits}
+    print(class_line(reports[splits[0]], classes))
+    print(*(describe(report, classes) for report in reports.values()), sep="\n")
+    if warning := mixed_frames(root, splits):
+        print(warning)
+    problems = find_problems(root, reports, classes)
+    print(f"{len(problems)} problems", *problems, sep="\n  ")
     return 1 if problems else 0
 
 

@@ -1,7 +1,5 @@
 """Class sets: the names, colours and ids of the classes, and the conversion of RGB masks to class ids and back."""
 import csv
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from support.command import UserError
-from support.images import open_image, to_rgb
 
 Color = tuple[int, int, int]
 UNKNOWN = 255  # marks a pixel whose colour or id is in no class; class ids end at 254
-MOST_COLORS = 160  # in masks; more are blends at the edges of classes
 IGNORED_NAMES = ("unlabelled", "unlabeled", "void")
 
 
@@ -122,28 +118,6 @@ def _read_rows(path: Path) -> list[list]:
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; the first line must be name,r,g,b")
     return [[line, *((row[column] or "").strip() for column in columns)] for line, row in rows]
-
-
-def table_of_masks(masks: Iterable[Path]) -> list[str]:
-    """The lines of a class_dict.csv for the colours of masks, the most frequent first, with their share of the pixels.
-
-    The names are for the user to replace. Raises UserError if the masks hold blended colours, or class ids.
-    """
-    found: Counter[Color] = Counter()
-    for path in masks:
-        image = to_rgb(open_image(path))
-        found.update({color: count for count, color in image.getcolors(image.width * image.height)})  # type: ignore
-    highest = max(map(max, found))
-    if len(found) > 1 and highest < 64 and all(r == g == b for r, g, b in found):
-        raise UserError(f"{path.parent}: the masks hold class ids from 0 to {highest}, not colours; give "
-                        f"--label_format ids --num_classes {highest + 1}")
-    if len(found) > MOST_COLORS:
-        raise UserError(f"{path.parent}: the masks hold {len(found):,} colours; save them with one flat colour a "
-                        f"class, without smoothing")
-    total, lines = found.total(), ["name,r,g,b,pixels"]
-    for i, ((r, g, b), count) in enumerate(found.most_common()):
-        lines.append(f"{f'class {i}' if r or g or b else 'Background'},{r},{g},{b},{count / total:.2%}")
-    return lines
 
 
 @lru_cache(maxsize=4)

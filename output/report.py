@@ -37,31 +37,31 @@ class Report:
         if mask is not None:
             metric = SegmentationMetric(len(self.classes), self.void_id)
             metric.update(ids, mask)
-            scores, errors = metric.compute(), _red((ids != mask) & (mask != self.void_id))
+            scores = metric.compute()
+            errors = Image.fromarray(((ids != mask) & (mask != self.void_id)).astype(np.uint8))
+            errors.putpalette([0, 0, 0, 230, 0, 0])  # red
             card |= {"mask": _data_url(mask_image(mask, self.classes), size, bits=self.bits),
                      "errors": _data_url(errors, size, transparency=0, bits=1),
                      "miou": _plain(scores["miou"]), "accuracy": _plain(scores["pixel_accuracy"]),
                      "iou": [_plain(scores["iou"][i]) for i in self.classes.scored]}
         self.cards.append(card)
 
-    def write(self, folder: Path, title: str, metric: SegmentationMetric | None = None,
-              pixels: np.ndarray | None = None) -> Path:
-        """Write folder/index.html, with the scores of ``metric`` if there are masks, else the shares of the (C,)
-        predicted ``pixels``. Raises RunError.
+    def write(self, folder: Path, title: str, metric: SegmentationMetric | None = None, pixels: Any = None) -> Path:
+        """Write folder/index.html, with the scores of ``metric``, or without masks the shares of the predicted
+        ``pixels``, a (C,) array. Raises RunError.
         """
-        scored = self.classes.scored
-        entries = [{"name": self.classes.names[i], "color": self.classes.colors[i]} for i in scored]
-        headline = f"{len(self.cards)} image{'s' * (len(self.cards) != 1)}"
-        data: dict[str, Any] = {"title": title, "headline": headline, "cards": self.cards,
-                                "classes": entries}
-        if pixels is not None:
-            data["classes"] = [entry | {"share": pixels[i] / max(1, pixels.sum())} for entry, i in zip(entries, scored)]
-        if metric is not None:
+        scored, count = self.classes.scored, len(self.cards)
+        data: dict[str, Any] = {"title": title, "headline": f"{count} image{'s' * (count != 1)}", "cards": self.cards}
+        if metric is None:
+            column, values = "share", pixels / max(1, pixels.sum())
+        else:
             scores = metric.compute()
-            data["classes"] = [entry | {"iou": _plain(scores["iou"][i])} for entry, i in zip(entries, scored)]
+            column, values = "iou", scores["iou"]
             data["matrix"] = metric.confusion_matrix()[scored][:, scored].tolist()
             miou, accuracy, fwiou = (format_score(scores[key]) for key in ("miou", "pixel_accuracy", "fwiou"))
             data["headline"] += f", mIoU {miou}, pixel accuracy {accuracy}, frequency-weighted IoU {fwiou}"
+        data["classes"] = [{"name": self.classes.names[i], "color": self.classes.colors[i], column: _plain(values[i])}
+                           for i in scored]
         # A class or file may be called "</script>".
         text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
         page = TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
@@ -79,10 +79,3 @@ def _data_url(image: Image.Image, size: tuple[int, int], kind: str = "png", **op
     resampling = Image.Resampling.NEAREST if kind == "png" else Image.Resampling.BILINEAR
     image.resize(size, resampling).save(buffer, kind, optimize=True, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _red(errors: np.ndarray) -> Image.Image:
-    """An image of palette index 1, red, where ``errors`` is true and 0 elsewhere."""
-    image = Image.fromarray(errors.astype(np.uint8))
-    image.putpalette([0, 0, 0, 230, 0, 0])
-    return image

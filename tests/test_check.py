@@ -89,7 +89,7 @@ def test_unknown_ids(tmp_path, value, wrong):
     """255 is the usual void of id masks, as often as it likes; any other id beyond the classes is an error."""
     save(make_pair(tmp_path, "a")[1], np.where(np.arange(192) < 100, value, 1).astype(np.uint16).reshape(12, 16))
     report = check.check_split(tmp_path, "train", CAMVID, "ids")
-    assert [problem.split(": ")[-1] for problem in report.unknown] == [f"({value}) × 100"] * wrong
+    assert [problem.split(": ")[-1] for problem in report.problems] == [f"({value}) × 100"] * wrong
     assert wrong or (report.pixels[value], report.pixels[1], report.stray) == (100, 92, {})
 
 
