@@ -135,27 +135,23 @@ _COLORS: dict[str, Color] = {
     "Road": (128, 64, 128), "Sidewalk": (0, 0, 192), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128),
     "Fence": (64, 64, 128), "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192),
 }
-# Class of the 11 -> the further classes of the original 32 that the literature merges into it.
-_MERGED: dict[str, dict[str, Color]] = {
-    "Building": {"Bridge": (0, 128, 64), "Wall": (64, 192, 0), "Tunnel": (64, 0, 64), "Archway": (192, 0, 128)},
-    "Pole": {"TrafficCone": (0, 0, 64)},
-    "Road": {"LaneMkgsDriv": (128, 0, 192), "LaneMkgsNonDriv": (192, 0, 64)},
-    "Sidewalk": {"ParkingBlock": (64, 192, 128), "RoadShoulder": (128, 128, 192)},
-    "Tree": {"VegetationMisc": (192, 192, 0)},
-    "SignSymbol": {"Misc_Text": (128, 128, 64), "TrafficLight": (0, 64, 64)},
-    "Car": {"SUVPickupTruck": (64, 128, 192), "Truck_Bus": (192, 128, 192), "Train": (192, 64, 128),
-            "OtherMoving": (128, 64, 64)},
-    "Pedestrian": {"Child": (192, 128, 64), "CartLuggagePram": (64, 0, 192), "Animal": (64, 128, 64)},
-    "Bicyclist": {"MotorcycleScooter": (192, 0, 192)},
+# The further classes of the original 32: which of the 11 the literature merges them into, and their colours.
+_MERGED: dict[str, tuple[str, Color]] = {
+    "Bridge": ("Building", (0, 128, 64)), "Wall": ("Building", (64, 192, 0)), "Tunnel": ("Building", (64, 0, 64)),
+    "Archway": ("Building", (192, 0, 128)), "TrafficCone": ("Pole", (0, 0, 64)),
+    "LaneMkgsDriv": ("Road", (128, 0, 192)), "LaneMkgsNonDriv": ("Road", (192, 0, 64)),
+    "ParkingBlock": ("Sidewalk", (64, 192, 128)), "RoadShoulder": ("Sidewalk", (128, 128, 192)),
+    "VegetationMisc": ("Tree", (192, 192, 0)), "Misc_Text": ("SignSymbol", (128, 128, 64)),
+    "TrafficLight": ("SignSymbol", (0, 64, 64)), "SUVPickupTruck": ("Car", (64, 128, 192)),
+    "Truck_Bus": ("Car", (192, 128, 192)), "Train": ("Car", (192, 64, 128)), "OtherMoving": ("Car", (128, 64, 64)),
+    "Child": ("Pedestrian", (192, 128, 64)), "CartLuggagePram": ("Pedestrian", (64, 0, 192)),
+    "Animal": ("Pedestrian", (64, 128, 64)), "MotorcycleScooter": ("Bicyclist", (192, 0, 192)),
 }
 # Other copies of the 11 classes use other colours for these.
-_OTHER_COLORS: dict[str, Color] = {"Sidewalk": (60, 40, 222), "Road": (255, 69, 0)}
+_OTHER_COLORS: tuple[tuple[str, Color], ...] = (("Sidewalk", (60, 40, 222)), ("Road", (255, 69, 0)))
 
 _NAMES = tuple(_COLORS)
-CAMVID = ClassSet(_NAMES, tuple(_COLORS.values()), ignore_index=0, aliases=(
-    *((color, _NAMES.index(name)) for name, merged in _MERGED.items() for color in merged.values()),
-    *((color, _NAMES.index(name)) for name, color in _OTHER_COLORS.items())))
-CAMVID32 = ClassSet(
-    names=("Void", *_NAMES[1:], *(name for merged in _MERGED.values() for name in merged)),
-    colors=(*CAMVID.colors, *(color for merged in _MERGED.values() for color in merged.values())),
-    ignore_index=0)
+CAMVID = ClassSet(_NAMES, tuple(_COLORS.values()), ignore_index=0, aliases=tuple(
+    (color, _NAMES.index(name)) for name, color in (*_MERGED.values(), *_OTHER_COLORS)))
+CAMVID32 = ClassSet(("Void", *_NAMES[1:], *_MERGED), (*CAMVID.colors, *(color for _, color in _MERGED.values())),
+                    ignore_index=0)

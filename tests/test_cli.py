@@ -1,6 +1,5 @@
 """The commands together: what training leaves, what evaluation and prediction make of it, and how a run goes on."""
 import functools
-import importlib
 import json
 import re
 import runpy
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PALETTE, REPO, SMALL, compare_per_class, load, opened, rows
+from conftest import REPO, SMALL, load, opened, rows
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
@@ -21,7 +20,6 @@ from torch.utils.data import DataLoader
 from datasets import synthetic
 from datasets.classes import CAMVID
 from metric import score_table
-from training.monitor import print_epoch
 from training.recipe import build_scheduler
 
 
@@ -29,14 +27,6 @@ def evaluate(call, cwd: Path, *flags) -> dict:
     """The metrics.json that evaluate.py writes."""
     assert call("evaluate.py", *flags, cwd=cwd)[0] == 0
     return json.loads((cwd / "evaluation" / "metrics.json").read_text())
-
-
-@pytest.mark.parametrize("row", [{}, {"val_loss": 1.2345, "val_miou": 0.69, "val_pixel_accuracy": 0.5}])
-def test_an_epochs_line_fits_100_columns(row, capsys):
-    row |= {"train_loss": 1.2345, "lr": 0.000123, "images_per_second": 34.56}
-    print_epoch(100, 300, row, True, 60.0)
-    line = capsys.readouterr().out
-    assert "loss 1.234" in line and "3.3 h left" in line and line.endswith(" *best\n") and len(line) <= 100
 
 
 def test_training_leaves_its_files(trained):
@@ -220,30 +210,9 @@ def test_shipped_weights_score_what_their_card_says(camvid, tmp_path, call):
     assert 0 < abs(metrics["miou"] - in_bf16["miou"]) < 0.002
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "datasets.check", "datasets.download",
-                                  "datasets.synthetic"])
-def test_every_commands_help_shows_examples(name):
-    text = importlib.import_module(name).get_args_parser().format_help()
-    assert re.search(rf"^    python (-m )?{name}\b", text, re.M)
-
-
 def test_predict_starts_without_what_only_training_needs():
     check = "import predict, sys; sys.exit(bool({'albumentations', 'cv2', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], cwd=REPO).returncode == 0
-
-
-@pytest.mark.parametrize("source, train, val", [("scenes", 1, 1), ("camvid", 6, 2)])
-def test_training_on_few_images_without_an_average(request, source, train, val, tmp_path, call):
-    data, root = request.getfixturevalue(source), tmp_path / "few"
-    for folder, count in (("train", train), ("train_labels", train), ("val", val), ("val_labels", val)):
-        (root / folder).mkdir(parents=True)
-        for path in sorted((data / folder).iterdir())[:count]:
-            (root / folder / path.name).symlink_to(path)
-    assert call("train.py", "--data_root", root, *SMALL, "--batch_size", 1, "--epochs", 1, "--ema", 0)[0] == 0
-    metrics = evaluate(call, tmp_path, "--data_root", root)
-    assert metrics["miou"] == pytest.approx(float(rows(tmp_path)[0]["val_miou"]), abs=1e-6)
-    ids = [compare_per_class(np.array(opened(path)), PALETTE) for path in (root / "val_labels").iterdir()]
-    assert all(entry["pixels"] == (np.stack(ids) == entry["id"]).sum() for entry in metrics["per_class"])
 
 
 def test_demo_trains_and_predicts(tmp_path, monkeypatch):
