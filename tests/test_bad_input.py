@@ -149,7 +149,7 @@ def test_flags(call, tmp_path, scenes, command, flag, text):
     ("evaluate.py DATA --data_name camvid32", "12 classes"),
     ("datasets.check DATA --label_format ids --num_classes 256", "2 to 255"),
     ("datasets.check --data_root TMP", "line 2: "), ("datasets.check --data_root TMP/empty", "train_labels"),
-    ("datasets.check --data_root TMP/empty --write_classes", "train_labels"),
+    ("datasets.check --data_root TMP/bare --write_classes", "has no masks"),
     ("datasets.check --data_root TMP/class_dict.csv", "no such folder"),
     ("predict.py --image_dir TMP/empty", "no images in it"), ("predict.py --image_dir TMP", "rename one"),
     ("predict.py --image_dir TMP --save_dir TMP", "--save_dir"), ("export.py --out a.tflite", ".onnx or .pth"),
@@ -166,7 +166,8 @@ def test_mistakes_change_nothing(call, trained, scenes, tmp_path, typed, said):
     with contextlib.suppress(OSError):  # a system may have no such names
         (tmp_path / "caf\udce9.mp4").touch()
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nroad,1,2\ncar,3,4,5\n")
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "bare/train", "bare/train_labels"):
+        (tmp_path / folder).mkdir(parents=True)
     shutil.copy(trained / "checkpoint" / "unet_best.pth", trained / "best.pth")
     typed = typed.replace("DATA", "--data_root SCENES").replace("IMAGES", "--image_dir SCENES/val")
     command, *flags = (word.replace("SCENES", str(scenes)).replace("TMP", str(tmp_path)) for word in typed.split())
