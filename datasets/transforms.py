@@ -14,12 +14,12 @@ cv2.setNumThreads(0)  # data loader workers run in parallel already; further thr
 
 
 def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.4, 1.2),
-                    jitter: float = 0.2) -> A.Compose:
-    """Random scale, crop, horizontal flip and colour jitter: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
+                    jitter: float = 0.4) -> A.Compose:
+    """Random scale, crop, horizontal flip and `appearance`: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 
     crop_size: (height, width) in pixels; smaller images are padded with the mean colour, their masks with void_id.
-    scale: the lowest and highest factor for both sides. jitter: brightness, contrast and saturation change by a
-    factor of at most 1 ± jitter, the hue by at most jitter / 10. There is no vertical flip: streets are upright.
+    scale: the lowest and highest factor for both sides. jitter: of `appearance`; 0 leaves the colours as they are.
+    There is no vertical flip: streets are upright.
     """
     padding: dict = {"fill": [round(255 * mean) for mean in IMAGENET_MEAN], "fill_mask": void_id}
     least = math.ceil(1 / scale[0])  # pixels of which one is left at the lowest scale
@@ -29,10 +29,25 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
                       mask_interpolation=cv2.INTER_NEAREST, area_for_downscale="image", p=1),
         A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random", **padding),
         A.HorizontalFlip(p=0.5),
-        A.ColorJitter(*3 * [(1 - jitter, 1 + jitter)], hue=(-jitter / 10, jitter / 10), p=0.8 if jitter else 0),
+        *(appearance(jitter) if jitter else ()),
         A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         A.ToTensorV2(),
     ])
+
+
+def appearance(jitter: float) -> list[A.ImageOnlyTransform]:
+    """Other light, colours and cameras: without them a network learns those of its few training drives.
+
+    jitter: brightness, contrast and saturation change by a factor of at most 1 ± jitter, the hue by jitter / 10.
+    """
+    return [A.ColorJitter(*3 * [(1 - jitter, 1 + jitter)], hue=(-jitter / 10, jitter / 10), p=0.8),
+            A.RandomGamma((50, 200), p=0.4),
+            A.RandomToneCurve(scale=0.2, per_channel=True, p=0.3),
+            A.PlanckianJitter(p=0.3),
+            A.ToGray(p=0.05),
+            A.GaussianBlur((3, 5), p=0.15),
+            A.GaussNoise((0.01, 0.06), p=0.2),
+            A.ImageCompression("jpeg", (40, 95), p=0.2)]
 
 
 def eval_transform() -> A.Compose:

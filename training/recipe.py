@@ -23,7 +23,8 @@ def add_recipe_flags(parser: Parser) -> None:
         "scores stay at the masks' own size; when not given: none is shrunk")
     add("--scale", type=number(float, 0.1, 10), nargs=2, default=[0.4, 1.2], metavar=("MIN", "MAX"),
         help="range of the random scale before cropping")
-    add("--jitter", type=number(float, 0, 1), default=0.2, help="range of brightness, contrast and saturation around 1")
+    add("--jitter", type=number(float, 0, 1), default=0.4,
+        help="range of brightness, contrast and saturation around 1; 0 also leaves out gamma, tint, blur and noise")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
     add("--lr", type=number(float, 1e-12, 100), help="learning rate; when not given: 0.1 for sgd, 0.001 for adamw")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd")
