@@ -127,8 +127,8 @@ def predict_video(path: Path, predictor: Predictor, classes: ClassSet, args) -> 
     frames = predict_stream(predictor, (("", frame) for frame in video), args.batch_size)
     overlays = (np.asarray(draw_overlay(frame, ids, classes.scored, classes, args)) for _, frame, ids in frames)
     bar = tqdm(overlays, total=video.count or None, unit="frame", disable=None)
-    count, codec = write_video(target, bar, video.size, video.rate)
-    print(f"wrote {target}, {count} frames at {video.rate:.4g} a second, in {codec}")
+    count = write_video(target, bar, video.size, video.rate)
+    print(f"wrote {target}, {count} frames at {video.rate:.4g} a second")
     if count < video.count:
         print(f"predict.py: {path} announces {video.count} frames; it may be cut short", file=sys.stderr)
     return 1 if count < video.count else 0

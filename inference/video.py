@@ -11,8 +11,7 @@ import numpy as np  # noqa: E402
 from support.command import RunError, UserError  # noqa: E402
 from support.files import atomic_path  # noqa: E402
 
-# Of these the first is taken that OpenCV was built with.
-CODECS = {"vp09": "VP9", "mp4v": "MPEG-4, which no browser plays, as this OpenCV has no VP9"}
+CODEC = "vp09"  # VP9, which every browser plays and OpenCV's packages can write
 
 
 class VideoReader:
@@ -46,19 +45,17 @@ def opencv_name(path: Path) -> str:
         raise UserError(f"{path}: rename it, videos need names in UTF-8") from None
 
 
-def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> tuple[int, str]:
-    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number and the codec's name.
+def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> int:
+    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number.
 
     The file appears when it is whole. Raises RunError if it cannot be written, such as on a full disk: OpenCV does not
     say so, and what was written is therefore read again.
     """
     count = 0
     with atomic_path(path) as temporary:
-        writers = ((name, cv2.VideoWriter(opencv_name(temporary), cv2.VideoWriter.fourcc(*code), rate, size[::-1]))
-                   for code, name in CODECS.items())
-        codec, writer = next((pair for pair in writers if pair[1].isOpened()), ("", None))
-        if writer is None:
-            raise RunError(f"{path}: cannot be written as a video")
+        writer = cv2.VideoWriter(opencv_name(temporary), cv2.VideoWriter.fourcc(*CODEC), rate, size[::-1])
+        if not writer.isOpened():
+            raise RunError(f"{path}: this OpenCV cannot write videos in VP9; pip install opencv-python-headless")
         try:
             for frame in frames:
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
@@ -69,4 +66,4 @@ def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int],
         readable = sum(1 for _ in iter(written.grab, False))
         if readable != count:
             raise RunError(f"{path}: cannot be written, {readable} of {count} frames can be read again (disk full?)")
-    return count, codec
+    return count

@@ -79,7 +79,7 @@ def test_nobody_can_guess_where_a_file_is_written_and_what_is_there_is_not_follo
 @pytest.mark.parametrize("share", [0, 0.3, 0.9])
 def test_a_video_on_a_full_disk_is_a_failure(tmp_path, share):
     frames, path = np.random.default_rng(0).integers(0, 256, (9, 72, 96, 3), dtype=np.uint8), tmp_path / "out.mp4"
-    assert write_video(path, iter(frames), (72, 96), 25)[0] == 9
+    assert write_video(path, iter(frames), (72, 96), 25) == 9
     whole, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(whole)), before[1]))
