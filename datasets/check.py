@@ -213,8 +213,8 @@ def main(args) -> int:
     moved = sum(camvid.standard_split(path.stem) == "train" for split in splits if split != "train"
                 for path in (root / split).glob("*"))
     if moved:  # as most are in Kaggle's copy, which is split at random
-        print(f"warning: the literature trains on {moved} frames that are not in train here; if their neighbours are in "
-              f"train, scores are too high; python -m datasets.download --from ARCHIVE restores the standard split")
+        print(f"warning: the literature trains on {moved} frames that are not in train here; with their neighbours "
+              f"in train, scores are too high; python -m datasets.download --from ARCHIVE restores the standard split")
     problems = find_problems(root, reports, classes)
     print(f"{len(problems)} problems", *problems, sep="\n  ")
     return 1 if problems else 0

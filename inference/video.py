@@ -55,7 +55,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int],
     with atomic_path(path) as temporary:
         writer = cv2.VideoWriter(opencv_name(temporary), cv2.VideoWriter.fourcc(*CODEC), rate, size[::-1])
         if not writer.isOpened():
-            raise RunError(f"{path}: this OpenCV cannot write videos in VP9; pip install opencv-python-headless")
+            raise RunError(f"{path}: cannot be written (disk full, or an OpenCV without VP9?)")
         try:
             for frame in frames:
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
