@@ -15,7 +15,7 @@ from datasets.classes import ClassSet
 from inference.predictor import Predictor, fold_batch_norm
 from support.command import UserError, one_line
 from support.files import atomic_path
-from training.schema import FORMAT, Number, check, check_checkpoint, describe_network
+from training.schema import CHECKPOINT, FORMAT, check, check_checkpoint, describe_network
 
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "camvid_unet.pth"
 LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "device")
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path, training: bool = False) -> dict:
 
 def upgrade(state: Any) -> dict:
     """A checkpoint in today's format. Raises ValueError where it is of none that is known."""
-    check(state, {"format": Number(int, 1, 2**31)})
+    check(state, {"format": CHECKPOINT["format"]})
     if state["format"] > FORMAT:
         raise UserError(f"has format {state['format']}, this program reads up to {FORMAT}; update it")
     if state["format"] < FORMAT:
@@ -106,11 +106,11 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     """
     state = load_checkpoint(path)
     config = state["config"]
-    config["max_side"] = config.get("max_side") or 0
+    config["max_side"], classes = config.get("max_side") or 0, {"ignore_index": None} | config["classes"]
     model = describe_network(config)
     model.load_state_dict({name: state["state_dict"][name].to(like.dtype) for name, like in model.state_dict().items()},
                           assign=True)
-    return model.eval(), ClassSet.from_dict(config["classes"]), config
+    return model.eval(), ClassSet.from_dict(classes), config
 
 
 def load_predictor(path: Path, max_side: int | None = None, **options) -> tuple[Predictor, ClassSet, dict]:
@@ -137,4 +137,4 @@ def release(source: Path, target: Path) -> None:
     beyond = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if beyond:
         raise UserError(f"{source}: {beyond[0]} has values beyond half precision")
-    save_checkpoint(target, {"state_dict": weights, "scores": state["scores"], "config": config})
+    save_checkpoint(target, {"state_dict": weights, "scores": state.get("scores"), "config": config})

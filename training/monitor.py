@@ -72,7 +72,7 @@ def print_epoch(epoch: int, epochs: int, row: dict[str, float], best: bool, seco
 def print_end(args, files: RunFiles, classes: ClassSet) -> None:
     """The best epoch's table, and what to run next."""
     best, data = shlex.quote(str(files.path("best.pth"))), shlex.quote(str(args.data_root))
-    scores = load_checkpoint(files.path("best.pth"))["scores"]
+    scores = load_checkpoint(files.path("best.pth")).get("scores")
     table = score_table(scores, classes.names, classes.ignore_index) if scores else ""
     predict = "--demo" if args.demo else f"--image_dir IMAGES --checkpoint {best}"
     print(f"\nbest epoch, {best}:\n{table}\n\npictures: {files.path('panel.png')} (image, mask, prediction), "

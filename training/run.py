@@ -225,7 +225,7 @@ def best_beside(path: Path, best_miou: float) -> dict | None:
     if best == path or not best.is_file():
         return None
     checkpoint = load_checkpoint(best)
-    return checkpoint if abs((checkpoint["scores"] or {}).get("miou", -1) - best_miou) < 1e-5 else None
+    return checkpoint if abs((checkpoint.get("scores") or {}).get("miou", -1) - best_miou) < 1e-5 else None
 
 
 def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint: dict | None) -> None:
