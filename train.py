@@ -35,7 +35,7 @@ from training.checkpoints import load_checkpoint, load_weights
 from training.engine import NonFiniteLoss, train_one_epoch, validate
 from training.monitor import Monitor, describe_loss, print_end, print_epoch, resume_hint
 from training.recipe import WeightAverage, add_recipe_flags, build_optimizer, build_scheduler, resolve_recipe
-from training.run import KEPT_FLAGS, RunFiles, TrainingState, begin, describe, resumed_file, stored_flags
+from training.run import KEPT_FLAGS, RunFiles, TrainingState, begin, describe, resumed_file, take_flags
 from training.schema import MAX_WIDTH
 
 KEPT_BYTES = 2 << 30  # of decoded images; CamVid at 480×360 has 0.3 GB
@@ -86,15 +86,15 @@ def resolve_flags(args) -> tuple[RunFiles, dict | None]:
     if checkpoint:
         model = checkpoint["config"]["model"]
         described = {"model": model["name"], "width": model["options"]["width"]}
-        vars(args).update(stored_flags(get_args_parser(), described, described, args.init_from))
+        take_flags(args, get_args_parser(), described, args.init_from)
         if described != {key: getattr(args, key) for key in described}:
             raise UserError("{}: holds a {model} of width {width}; leave --model and --width out".format(args.init_from,
                                                                                                    **described))
-    path = resumed_file(args.resume, RunFiles(args.checkpoint, args.model))
-    if path:
-        checkpoint = load_checkpoint(path, training=True)
-        vars(args).update(stored_flags(get_args_parser(), checkpoint["config"]["train"], KEPT_FLAGS, path))
-    args.resume = str(path) if path else None
+    args.resume = resumed_file(args.resume, RunFiles(args.checkpoint, args.model).path("last.pth"))
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume, training=True)
+        stored = checkpoint["config"]["train"]
+        take_flags(args, get_args_parser(), {name: stored.get(name) for name in KEPT_FLAGS}, args.resume)
     resolve_recipe(args)
     args.val_every = args.val_every or max(1, args.epochs // 25)
     return RunFiles(args.checkpoint, args.model), checkpoint
@@ -147,8 +147,7 @@ def build_state(args, classes: ClassSet, checkpoint: dict | None, device: torch.
     optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)
     scheduler = build_scheduler(args.scheduler, optimizer, args.epochs * steps, args.step_size * steps, args.gamma)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    ema = WeightAverage(model, args.ema) if args.ema else None
-    return TrainingState(model, optimizer, scheduler, scaler, ema, steps)
+    return TrainingState(model, optimizer, scheduler, scaler, WeightAverage(model, args.ema), steps)
 
 
 def main(args) -> int:
@@ -200,7 +199,7 @@ def run(args) -> None:
 def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: ClassSet, train_loader: Any,
         val_loader: Any, loss_fn: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Train to the last epoch; after each, print its figures, save it and draw it. The loaders: of `build_loaders`."""
-    predictor = Predictor(state.scored_model, classes.ignore_index, **config["normalize"], device=device,
+    predictor = Predictor(state.ema.module, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=amp_dtype, max_side=config["max_side"])
     metric = SegmentationMetric(len(classes), classes.void_id)
     monitor = Monitor(files, val_loader.dataset, classes, predictor, args.tensorboard, first_epoch=state.epoch + 1)
@@ -213,10 +212,10 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
         train_loader.sampler.epoch, scores = epoch, {}
         row = train_one_epoch(network, train_loader, loss_fn, state.optimizer, state.scheduler, state.scaler,
                               device=device, amp_dtype=amp_dtype, clip_grad=args.clip_grad,
-                              after_update=state.after_update, description=f"epoch {epoch}/{args.epochs}")
+                              after_update=state.ema.update, description=f"epoch {epoch}/{args.epochs}")
         if epoch % args.val_every == 0 or epoch == args.epochs:
-            distributed.share_buffers(state.scored_model)
-            predictor.model = fold_batch_norm(copy.deepcopy(state.scored_model))  # what predict.py will run
+            distributed.share_buffers(state.ema.module)
+            predictor.model = fold_batch_norm(copy.deepcopy(state.ema.module))  # what predict.py will run
             scores = validate(predictor, val_loader, metric)
             row |= {f"val_{key}": scores[key] for key in ("loss", "miou", "pixel_accuracy")}
         best = state.record(row)

@@ -122,8 +122,8 @@ CASES += [(path, "against others", value) for path, value in (
     (("config", "classes", "ignore_index"), 12), (("config", "classes", "names"), [*"abcdefghijka"]),
     (("config", "classes", "colors"), [[0, 0, 0]] * 11), (("scores", "iou"), [0.5]), (("scores", "pixels"), [5] * 13),
     (("config", "model", "options", "width"), 200), (("config", "model", "name"), "unet_resnet18"),
-    (("training", "ema_state_dict"), None), (("config", "train", "ema"), 0), (("training", "history", 1, "epoch"), 1),
-    (("config", "train", "optimizer"), "adamw"), (("config", "train", "image_size"), [360, 479]))]
+    (("training", "history", 1, "epoch"), 1), (("config", "train", "optimizer"), "adamw"),
+    (("config", "train", "image_size"), [360, 479]))]
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_runs_set_aside_within_a_second_or_after_the_clock_went_back_are_all_kep
     monkeypatch.setattr("time.strftime", lambda form: "2001-01-01_000000")
     for i in range(12):
         (tmp_path / "unet_best.pth").write_text(str(i))
-        RunFiles(tmp_path, "unet").prepare({}, keep_earlier=True)
+        RunFiles(tmp_path, "unet").set_aside()
     assert sorted(int(path.read_text()) for path in tmp_path.glob("unet_until_*/unet_best.pth")) == [*range(12)]
 
 

@@ -93,7 +93,7 @@ class WeightAverage:
     """An exponential moving average (EMA) of a network's weights and batch-norm statistics, in ``module``.
 
     The decay rises to ``decay`` as (1 + n) / (10 + n) with the number n of updates, as in TensorFlow's
-    ExponentialMovingAverage: early weights are far off and are soon forgotten.
+    ExponentialMovingAverage: early weights are far off and are soon forgotten. With 0 the average is the network.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class TrainingState:
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
-    ema: WeightAverage | None
+    ema: WeightAverage
     steps_per_epoch: int
     history: list[dict] = field(default_factory=list)
     best_miou: float = -1.0
@@ -48,11 +47,6 @@ class TrainingState:
     def epoch(self) -> int:
         """The number of finished epochs."""
         return len(self.history)
-
-    @property
-    def scored_model(self) -> nn.Module:
-        """The network that is scored and predicts: the average of the weights, if there is one."""
-        return self.ema.module if self.ema else self.model
 
     def record(self, row: dict[str, float]) -> bool:
         """Add an epoch's figures to the history. Returns whether its ``val_miou`` is the best so far."""
@@ -65,15 +59,10 @@ class TrainingState:
         self.best_miou = max(score, self.best_miou)
         return best
 
-    def after_update(self) -> None:
-        """Move the average towards the present weights."""
-        if self.ema:
-            self.ema.update()
-
     def state_dict(self) -> dict:
         """Plain types and tensors for a checkpoint."""
         return {"model_state_dict": self.model.state_dict(),
-                "ema_state_dict": self.ema.module.state_dict() if self.ema else None,
+                "ema_state_dict": self.ema.module.state_dict(),
                 "optimizer_state": {f"{i}.{key}": tensor for i, kept in self.optimizer.state_dict()["state"].items()
                                     for key, tensor in kept.items()},
                 "scaler_state_dict": self.scaler.state_dict(), "updates": self.scheduler.last_epoch,
@@ -103,9 +92,8 @@ class TrainingState:
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
         if state["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler_state_dict"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema_state_dict"])
-            self.ema.updates = state["updates"]
+        self.ema.module.load_state_dict(state.get("ema_state_dict") or state["model_state_dict"])
+        self.ema.updates = state["updates"]
         self.history, self.best_miou = list(state["history"]), float(state["best_miou"])
 
 
@@ -118,36 +106,40 @@ def recipe_changes(before: dict, now: dict) -> list[str]:
     return changed
 
 
-def stored_flags(parser: Parser, stored: dict, names: Iterable[str], path: Path) -> dict:
-    """Flags as they were typed, else as a checkpoint has them. Raises UserError for one that the parser refuses."""
+def take_flags(args, parser: Parser, stored: dict, path: Path) -> None:
+    """Set flags to what a checkpoint has, where it has them and they are not typed.
+
+    Raises UserError for one that the parser refuses.
+    """
     def refuse(message: str):
         raise UserError(f"{path}: not a valid checkpoint: config.train: {message}")
 
-    words = []
-    for name in names:
-        value = stored.get(name)
+    words: list[str] = []
+    for name, value in stored.items():
         if isinstance(value, list | tuple):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    flags = vars(parser.parse_args([*words, *sys.argv[1:]]))
-    return {name: flags[name] for name in names}
+    parser.parse_args([*words, *sys.argv[1:]], args)
 
 
-def resumed_file(resume: str | None, files: "RunFiles") -> Path | None:
-    """The ``_last.pth`` that --resume means; of ``_best.pth``, which holds weights alone, the one beside it."""
+def resumed_file(resume: str | None, last: Path) -> Path | None:
+    """The ``_last.pth`` that --resume means; of ``_best.pth``, which holds weights alone, the one beside it.
+
+    last: the one in --checkpoint.
+    """
     if resume == "":
         raise UserError("--resume is empty, perhaps an unset variable; give a file, or auto")
-    path = files.path("last.pth") if resume == "auto" else Path(resume) if resume else None
-    if path is None or resume == "auto" and not path.is_file():
-        return None
-    last = path.with_name(path.name.replace("_best.pth", "_last.pth"))
-    if path != last and last.is_file():
-        if is_main_process():
-            print(f"{path} holds weights alone; going on from {last}")
-        return last
-    return path
+    if resume in (None, "auto"):
+        return last if resume and last.is_file() else None
+    path = Path(resume)
+    beside = path.with_name(path.name.replace("_best.pth", "_last.pth"))
+    if path == beside or not beside.is_file():
+        return path
+    if is_main_process():
+        print(f"{path} holds weights alone; going on from {beside}")
+    return beside
 
 
 def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
@@ -172,26 +164,18 @@ class RunFiles:
         """Keep other runs out of the folder. Raises UserError that names the one that is in it."""
         return locked(self.folder) if is_main_process() else contextlib.nullcontext()
 
-    def prepare(self, flags: dict, keep_earlier: bool, best: dict | None = None) -> None:
-        """Write the flags, plain types.
-
-        keep_earlier: move the files of an earlier run into a folder of their own: training never costs a model.
-        best: the checkpoint of the best epoch of a run that goes on here.
-        """
-        if not is_main_process():
-            return
+    def set_aside(self) -> None:
+        """Move the files of an earlier run, if it left weights, into a folder of their own."""
         files = [path for path in map(self.path, RUN_FILES) if path.exists()]
-        if keep_earlier and any(path.suffix == ".pth" for path in files):
-            aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}")
-            taken = len([*self.folder.glob(f"{aside.name}*")])  # clocks are set back, and seconds are long
-            aside = aside.with_name(f"{aside.name}_{taken + 1}") if taken else aside
-            aside.mkdir()
-            for path in files:
-                path.rename(aside / path.name)
-            print(f"moved the earlier run in {self.folder} to {aside}")
-        if best:
-            save_checkpoint(self.path("best.pth"), best)
-        write_file(self.path("args.json"), lambda path: path.write_text(json.dumps(flags, indent=2) + "\n"))
+        if not any(path.suffix == ".pth" for path in files):
+            return
+        aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}")
+        taken = len([*self.folder.glob(f"{aside.name}*")])  # clocks are set back, and seconds are long
+        aside = aside.with_name(f"{aside.name}_{taken + 1}") if taken else aside
+        aside.mkdir()
+        for path in files:
+            path.rename(aside / path.name)
+        print(f"moved the earlier run in {self.folder} to {aside}")
 
     def save(self, state: TrainingState, config: dict, scores: dict, best: bool) -> None:
         """Write the log, then ``_best.pth`` if this epoch is the best, then ``_last.pth``. scores: of `validate`.
@@ -205,7 +189,7 @@ class RunFiles:
         except RunError as error:  # such as a table that is open in Excel; the next epoch writes it whole
             print(f"warning: {error}", file=sys.stderr)
         plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in scores.items()}
-        checkpoint = {"state_dict": state.scored_model.state_dict(), "scores": plain, "config": config}
+        checkpoint = {"state_dict": state.ema.module.state_dict(), "scores": plain, "config": config}
         if best:
             save_checkpoint(self.path("best.pth"), checkpoint)
         save_checkpoint(self.path("last.pth"), {**checkpoint, "training": state.state_dict()})
@@ -229,14 +213,20 @@ def best_beside(path: Path, best_miou: float) -> dict | None:
 
 
 def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint: dict | None) -> None:
-    """Restore the run of --resume, and clear its folder for it."""
-    path, best = Path(args.resume or "nowhere"), None
+    """Restore the run of --resume, clear its folder for it, and write its flags there."""
+    here, best = False, None
     if args.resume and checkpoint:
-        state.restore(path, checkpoint, config)
-        best = best_beside(path, state.best_miou)
+        state.restore(args.resume, checkpoint, config)
+        here = args.resume.resolve() == files.path("last.pth").resolve()
+        best = best_beside(args.resume, state.best_miou)
         print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}"
               + ("; nothing is left to train, a larger --epochs goes on" if state.epoch >= args.epochs else ""))
-    here = path.resolve() == files.path("last.pth").resolve()
-    files.prepare(config["train"], keep_earlier=not here, best=None if here else best)
+    if is_main_process():
+        if not here:
+            files.set_aside()
+        if best and not here:
+            save_checkpoint(files.path("best.pth"), best)
+        flags = json.dumps(config["train"], indent=2) + "\n"
+        write_file(files.path("args.json"), lambda path: path.write_text(flags))
     if not files.path("best.pth").is_file():
         state.best_miou = -1.0  # the best of a run that goes on without its best file is yet to come

@@ -63,8 +63,8 @@ CHECKPOINT: dict[str, Any] = {
                   "val_percent?": Field(float, 0.1, 90), "image_size?": Field(list, 1, 2, SIDE)}}}
 RESUMABLE: dict[str, Any] = {  # a _last.pth
     "config": {"train": {
-        "optimizer": Field(str, choices=("sgd", "adamw")), "ema": Field(float, 0, 1),
-        "crop_size": Field(list, 1, 2, POSITIVE), "scale": Field(list, 2, 2, Field(float, 0, 100))}},
+        "optimizer": Field(str, choices=("sgd", "adamw")), "crop_size": Field(list, 1, 2, POSITIVE),
+        "scale": Field(list, 2, 2, Field(float, 0, 100))}},
     "training": {
         "model_state_dict": DICT,
         "ema_state_dict?": DICT,
@@ -171,22 +171,19 @@ def check_checkpoint(state: Any, limit: int = 2**63, training: bool = False) -> 
     check_tensors(state["state_dict"], network.state_dict(), "state_dict", limit)
     if training:
         check(state, RESUMABLE)
-        check_training(state["training"], state["config"]["train"], network, limit)
+        check_training(state["training"], state["config"]["train"]["optimizer"], network, limit)
 
 
-def check_training(run: dict, flags: dict, network: nn.Module, limit: int) -> None:
-    """Raises ValueError where what a resume needs does not agree with the flags or the network."""
-    averaged, epochs = run.get("ema_state_dict") or {}, [row["epoch"] for row in run["history"]]
-    if bool(flags["ema"]) != bool(averaged):
-        raise ValueError(f"training.ema_state_dict has {len(averaged)} tensors, but --ema was {flags['ema']}")
+def check_training(run: dict, optimizer: str, network: nn.Module, limit: int) -> None:
+    """Raises ValueError where what a resume needs does not agree with itself, the optimiser or the network."""
+    epochs = [row["epoch"] for row in run["history"]]
     if epochs != [*range(1, len(epochs) + 1)]:
         raise ValueError("training.history has an epoch too many or too few")
-    parameters = [p for group in build_optimizer(flags["optimizer"], network, 1.0, 0.0).param_groups
-                  for p in group["params"]]
+    parameters = [p for group in build_optimizer(optimizer, network, 1.0, 0.0).param_groups for p in group["params"]]
     kept = {f"{i}.{key}": p.new_empty(()) if key == "step" else p
-            for i, p in enumerate(parameters) for key in OPTIMIZER_STATE[flags["optimizer"]]}
+            for i, p in enumerate(parameters) for key in OPTIMIZER_STATE[optimizer]}
     weights = network.state_dict()
     for key, expected in (("model_state_dict", weights), ("ema_state_dict", weights), ("optimizer_state", kept)):
-        # There is nothing without an average, without momentum, and before the first update.
+        # There may be no average, and nothing of the optimiser without momentum or before the first update.
         if run.get(key) or key == "model_state_dict":
             check_tensors(run[key], expected, f"training.{key}", limit)
