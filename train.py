@@ -5,7 +5,7 @@
     python train.py --data_root data/CamVid                    on a GPU
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """
-from support.command import Parser, RunError, Terminated, UserError, number, run_command  # isort: split
+from support.command import Parser, RunError, Terminated, UserError, is_main_process, number, run_command  # isort: split
 
 import copy
 import math
@@ -90,11 +90,12 @@ def resolve_flags(args) -> tuple[RunFiles, dict | None]:
         if described != {key: getattr(args, key) for key in described}:
             raise UserError("{}: holds a {model} of width {width}; leave --model and --width out".format(args.init_from,
                                                                                                    **described))
-    args.resume = resumed_file(args.resume, RunFiles(args.checkpoint, args.model).path("last.pth"))
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume, training=True)
+    path = resumed_file(args.resume, RunFiles(args.checkpoint, args.model).path("last.pth"))
+    if path:
+        checkpoint = load_checkpoint(path, training=True)
         stored = checkpoint["config"]["train"]
-        take_flags(args, get_args_parser(), {name: stored.get(name) for name in KEPT_FLAGS}, args.resume)
+        take_flags(args, get_args_parser(), {name: stored.get(name) for name in KEPT_FLAGS}, path)
+    args.resume = path
     resolve_recipe(args)
     args.val_every = args.val_every or max(1, args.epochs // 25)
     return RunFiles(args.checkpoint, args.model), checkpoint
@@ -202,7 +203,8 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
     predictor = Predictor(state.ema.module, classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=amp_dtype, max_side=config["max_side"])
     metric = SegmentationMetric(len(classes), classes.void_id)
-    monitor = Monitor(files, val_loader.dataset, classes, predictor, args.tensorboard, first_epoch=state.epoch + 1)
+    monitor = Monitor(files, val_loader.dataset, classes, predictor, args.tensorboard and is_main_process(),
+                      first_epoch=state.epoch + 1)
     network = distributed.replicate(state.model, device)
     if args.compile:
         network.compile()
@@ -219,10 +221,11 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
             scores = validate(predictor, val_loader, metric)
             row |= {f"val_{key}": scores[key] for key in ("loss", "miou", "pixel_accuracy")}
         best = state.record(row)
-        files.save(state, config, scores, best)
         seconds = (time.perf_counter() - started) / (epoch - before)
-        print_epoch(epoch, args.epochs, row, best, seconds)
-        monitor(row, state.history)
+        if is_main_process():
+            files.save(state, config, scores, best)
+            print_epoch(epoch, args.epochs, row, best, seconds)
+            monitor(row, state.history)
 
 
 if __name__ == "__main__":

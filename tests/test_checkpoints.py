@@ -119,11 +119,10 @@ CASES += [((*where, f"encoder.0.1.{name}"), "negative", lambda x: x - 99)
           for name in ("running_var", "num_batches_tracked")
           for where in (["state_dict"], ["training", "model_state_dict"], ["training", "ema_state_dict"])]
 CASES += [(path, "against others", value) for path, value in (
-    (("config", "classes", "ignore_index"), 12), (("config", "classes", "names"), [*"abcdefghijka"]),
+    (("config", "classes", "ignore_index"), 12), (("config", "classes", "names"), [*"abcdefghijk"]),
     (("config", "classes", "colors"), [[0, 0, 0]] * 11), (("scores", "iou"), [0.5]), (("scores", "pixels"), [5] * 13),
     (("config", "model", "options", "width"), 200), (("config", "model", "name"), "unet_resnet18"),
-    (("training", "history", 1, "epoch"), 1), (("config", "train", "optimizer"), "adamw"),
-    (("config", "train", "image_size"), [360, 479]))]
+    (("config", "train", "optimizer"), "adamw"), (("config", "train", "image_size"), [360, 479]))]
 
 
 @pytest.fixture(scope="module")

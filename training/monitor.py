@@ -10,7 +10,7 @@ from datasets.classes import ClassSet
 from inference.predictor import Predictor
 from metric import score_table
 from output.visualize import panel_image, save_curves
-from support.command import UserError, is_main_process
+from support.command import UserError
 from support.files import write_file
 from training.checkpoints import load_checkpoint
 from training.distributed import world_size
@@ -20,14 +20,14 @@ from training.run import RunFiles
 class Monitor:
     """Writes the pictures of a run, and with ``tensorboard`` its scalars, panels and flags from ``first_epoch`` on.
 
-    Does nothing in torchrun's further processes. Raises UserError where TensorBoard is asked for and missing.
+    Raises UserError where TensorBoard is asked for and missing.
     """
 
     def __init__(self, files: RunFiles, val_set: CamVidDataset, classes: ClassSet, predictor: Predictor,
                  tensorboard: bool = False, first_epoch: int = 1):
         self.files, self.val_set, self.classes, self.predictor = files, val_set, classes, predictor
         self.writer = None
-        if tensorboard and is_main_process():
+        if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -38,8 +38,6 @@ class Monitor:
 
     def __call__(self, row: dict[str, float], history: list[dict]) -> None:
         """Show an epoch's figures; also its pictures, if it was validated."""
-        if not is_main_process():
-            return
         if "val_miou" in row:
             save_curves(history, self.files.path("curves.png"))
             self.save_panel(len(history))

@@ -90,7 +90,7 @@ class TrainingState:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
         # The schedule depends on the update and on the flags alone, so that it has no further state.
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
-        if state["scaler_state_dict"] and self.scaler.is_enabled():
+        if state.get("scaler_state_dict") and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler_state_dict"])
         self.ema.module.load_state_dict(state.get("ema_state_dict") or state["model_state_dict"])
         self.ema.updates = state["updates"]
@@ -182,8 +182,6 @@ class RunFiles:
 
         In this order a run that is killed in between repeats the epoch and writes the same files again.
         """
-        if not is_main_process():
-            return
         try:
             self.save_log(state.history)
         except RunError as error:  # such as a table that is open in Excel; the next epoch writes it whole
