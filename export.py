@@ -34,14 +34,10 @@ TOLERANCE = 1e-3  # of logits, whose range is about 20; or the share of other cl
 class FromPhotos(nn.Module):
     """(N, H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids, as `Predictor` computes them."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: Any, mean: list[float], std: list[float], ignore_index: int | None, max_side: int):
         super().__init__()
         self.model, self.max_side = model, max_side or 2**30
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.mean, self.std = (nn.Buffer(torch.tensor(values).view(3, 1, 1)) for values in (mean, std))
         if ignore_index is not None:
             model.classifier.bias.data[ignore_index] = -1e9  # never the most probable
 
@@ -55,16 +51,24 @@ class FromPhotos(nn.Module):
         return F.interpolate(prob, size, mode="bilinear").argmax(1).to(torch.uint8)
 
 
-def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str], with_preprocessing: bool) -> None:
+def example(name: str, batch: int, height: int, width: int) -> Tensor:
+    """A random input of the exported network, ``photo`` or ``image``."""
+    generator = torch.Generator().manual_seed(height)
+    if name == "photo":
+        return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
+def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Export with dynamic N, H and W."""
     import onnx
 
-    name, height = ("photo", 1) if with_preprocessing else ("image", 2)
+    name, output, height = ("photo", "ids", 1) if isinstance(network, FromPhotos) else ("image", "logits", 2)
     dynamic = {0: "batch", height: "height", height + 1: "width"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):  # the exporter's own, on its insides
-        program = torch.onnx.export(network, (example(2, 48, 80, with_preprocessing),), dynamo=True, verbose=False,
-                                    input_names=[name], output_names=["ids" if with_preprocessing else "logits"],
+        program = torch.onnx.export(network, (example(name, 2, 48, 80),), dynamo=True, verbose=False,
+                                    input_names=[name], output_names=[output],
                                     dynamic_shapes=({axis: torch.export.Dim(side, min=1, max=1 << 15)
                                                      for axis, side in dynamic.items()},))
     written = program.model_proto  # type: ignore[union-attr]  # None only where an exporter of old is asked for
@@ -72,16 +76,8 @@ def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str], with_pr
     onnx.save(written, path)
 
 
-def example(batch: int, height: int, width: int, with_preprocessing: bool) -> Tensor:
-    """A random input of the exported network."""
-    generator = torch.Generator().manual_seed(height)
-    if with_preprocessing:
-        return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
-    return torch.randn(batch, 3, height, width, generator=generator)
-
-
 @torch.inference_mode()
-def check_onnx(network: nn.Module, path: Path, with_preprocessing: bool) -> float:
+def check_onnx(network: nn.Module, path: Path) -> float:
     """The largest difference to PyTorch over several sizes: of logits, or the share of other class ids.
 
     Raises RunError where it is more than rounding.
@@ -89,13 +85,12 @@ def check_onnx(network: nn.Module, path: Path, with_preprocessing: bool) -> floa
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    largest = 0.0
+    name, largest = session.get_inputs()[0].name, 0.0
     for size in ((1, 64, 96), (2, 90, 131), (1, 33, 17)):  # multiples of 16 or not, a batch or not
-        batch = example(*size, with_preprocessing)
-        theirs = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
-        ours = network(batch).numpy()
-        difference = (ours != theirs).mean() if with_preprocessing else np.abs(ours - theirs).max()
-        largest = max(largest, float(difference)) if ours.shape == theirs.shape else float("inf")
+        batch = example(name, *size)
+        ours, theirs = network(batch).numpy(), session.run(None, {name: batch.numpy()})[0]
+        difference = (ours != theirs).mean() if name == "photo" else np.abs(ours - theirs).max()
+        largest = max(largest, float(difference))
     if not largest <= TOLERANCE:
         raise RunError(f"onnxruntime's results differ from PyTorch's by {largest:.2g}; nothing was written")
     return largest
@@ -113,9 +108,8 @@ def export_onnx(checkpoint: Path, out: Path, with_preprocessing: bool) -> str:
                              max_side=config["max_side"])
     metadata = {"classes": classes.to_dict(), "normalize": config["normalize"], "max_side": config["max_side"]}
     with atomic_path(out) as temporary:
-        write_onnx(network.eval(), temporary, {key: json.dumps(value) for key, value in metadata.items()},
-                   with_preprocessing)
-        difference = check_onnx(network, temporary, with_preprocessing)
+        write_onnx(network.eval(), temporary, {key: json.dumps(value) for key, value in metadata.items()})
+        difference = check_onnx(network, temporary)
     return f"{'share of other ids' if with_preprocessing else 'largest difference of a logit'}: {difference:.1g}"
 
 

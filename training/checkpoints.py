@@ -68,8 +68,7 @@ def upgrade(state: Any) -> dict:
         raise UserError(f"has format {state['format']}, this program reads up to {FORMAT}; update it")
     if state["format"] < FORMAT:
         averaged, raw = (state.get(f"{kind}_state_dict") for kind in ("ema", "model"))
-        return {"format": FORMAT, "state_dict": raw if averaged is None else averaged, "scores": {},
-                "config": state.get("config")}
+        return {"format": FORMAT, "state_dict": raw if averaged is None else averaged, "config": state.get("config")}
     return state
 
 
@@ -87,11 +86,10 @@ def load_weights(model: nn.Module, checkpoint: dict, classes: ClassSet) -> str:
     weights, names = dict(checkpoint["state_dict"]), [name.casefold() for name in classes.names]
     before = [name.casefold() for name in checkpoint["config"]["classes"]["names"]]
     kept = [name for name in names if name in before]
-    for key, fresh in model.state_dict().items():
-        if key.startswith("classifier."):
-            rows = fresh.clone()
-            rows[[names.index(name) for name in kept]] = weights[key][[before.index(name) for name in kept]].to(rows)
-            weights[key] = rows
+    for key in ("classifier.weight", "classifier.bias"):
+        rows = model.state_dict()[key].clone()
+        rows[[names.index(name) for name in kept]] = weights[key][[before.index(name) for name in kept]].to(rows)
+        weights[key] = rows
     model.load_state_dict(weights)
     if names == before:
         return "its weights are loaded"

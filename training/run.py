@@ -55,14 +55,12 @@ class TrainingState:
                                                          if key != "images_per_second"})
         score = row.get("val_miou", -1.0)
         score = 0.0 if np.isnan(score) else score  # no pixel of val is labelled
-        best = score > self.best_miou
-        self.best_miou = max(score, self.best_miou)
+        best, self.best_miou = score > self.best_miou, max(score, self.best_miou)
         return best
 
     def state_dict(self) -> dict:
         """Plain types and tensors for a checkpoint."""
-        return {"model_state_dict": self.model.state_dict(),
-                "ema_state_dict": self.ema.module.state_dict(),
+        return {"model_state_dict": self.model.state_dict(), "ema_state_dict": self.ema.module.state_dict(),
                 "optimizer_state": {f"{i}.{key}": tensor for i, kept in self.optimizer.state_dict()["state"].items()
                                     for key, tensor in kept.items()},
                 "scaler_state_dict": self.scaler.state_dict(), "updates": self.scheduler.last_epoch,
@@ -83,6 +81,9 @@ class TrainingState:
             raise UserError(f"{path}: cannot be resumed, it was trained with {'; '.join(changed)}; go on as it was, or "
                             f"start anew with --init_from {path}")
         self.model.load_state_dict(state["model_state_dict"])
+        self.ema.module.load_state_dict(state.get("ema_state_dict") or state["model_state_dict"])
+        if state.get("scaler_state_dict"):
+            self.scaler.load_state_dict(state["scaler_state_dict"])
         kept: dict[int, dict] = {}
         for name, tensor in state["optimizer_state"].items():
             index, key = name.split(".")
@@ -90,11 +91,7 @@ class TrainingState:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
         # The schedule depends on the update and on the flags alone, so that it has no further state.
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
-        if state.get("scaler_state_dict") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler_state_dict"])
-        self.ema.module.load_state_dict(state.get("ema_state_dict") or state["model_state_dict"])
-        self.ema.updates = state["updates"]
-        self.history, self.best_miou = list(state["history"]), float(state["best_miou"])
+        self.ema.updates, self.history, self.best_miou = state["updates"], list(state["history"]), state["best_miou"]
 
 
 def recipe_changes(before: dict, now: dict) -> list[str]:
@@ -169,9 +166,8 @@ class RunFiles:
         files = [path for path in map(self.path, RUN_FILES) if path.exists()]
         if not any(path.suffix == ".pth" for path in files):
             return
-        aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}")
-        taken = len([*self.folder.glob(f"{aside.name}*")])  # clocks are set back, and seconds are long
-        aside = aside.with_name(f"{aside.name}_{taken + 1}") if taken else aside
+        count = len([*self.folder.glob(f"{self.model}_until_*")])  # clocks are set back, and seconds are long
+        aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}_{count + 1}")
         aside.mkdir()
         for path in files:
             path.rename(aside / path.name)
@@ -222,8 +218,8 @@ def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint:
     if is_main_process():
         if not here:
             files.set_aside()
-        if best and not here:
-            save_checkpoint(files.path("best.pth"), best)
+            if best:
+                save_checkpoint(files.path("best.pth"), best)
         flags = json.dumps(config["train"], indent=2) + "\n"
         write_file(files.path("args.json"), lambda path: path.write_text(flags))
     if not files.path("best.pth").is_file():
