@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, load, rows, wait_for
+from conftest import REPO, SMALL, finish, load, rows, wait_for
 from torch.utils.data import DataLoader
 
 from datasets.camvid import CamVidDataset, EpochSampler
@@ -20,7 +20,7 @@ from training.checkpoints import load_predictor
 from training.engine import validate
 
 # Four updates an epoch, with 2 + 2 images each. Each process saves its network in the second; then one dies.
-FLAGS = (*SMALL, "--val_every", 1, "--amp", "off", "--resume", "auto")
+FLAGS = ("--val_every", 1, "--amp", "off", "--resume", "auto")
 DYING = """
 import os, runpy, torch, train, training.engine
 steps, update, rank = iter(range(1, 9)), training.engine.update, os.environ["RANK"]
@@ -35,11 +35,11 @@ runpy.run_path(train.__file__, run_name="__main__")
 """
 
 
-def torchrun(script: Path, folder: Path) -> subprocess.CompletedProcess:
+def torchrun(script: Path, data: Path, folder: Path, *flags) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-               "--data_root", "scenes", *FLAGS]
-    return subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+               "--data_root", data, *SMALL, *flags]
+    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -47,14 +47,14 @@ def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     data = tmp_path / "scenes"
     generate_dataset(data, {"train": 16, "val": 3}, (96, 72))  # 3 do not share out evenly
     (tmp_path / "dying.py").write_text(DYING)
-    started, done = time.monotonic(), torchrun(tmp_path / "dying.py", tmp_path)
-    assert done.returncode == 1 and "struck by lightning" in done.stderr and time.monotonic() - started < 60
+    started, process = time.monotonic(), torchrun(tmp_path / "dying.py", data, tmp_path, *FLAGS)
+    assert "struck by lightning" in process.communicate()[1]
+    assert process.returncode == 1 and time.monotonic() - started < 60
     first, second = (torch.load(tmp_path / f"rank {rank}.pth") for rank in (0, 1))
     for name, tensor in first.items():  # equal weights by averaged gradients, other statistics of other images
         assert torch.equal(tensor, second[name]) == ("running" not in name), name
-    done = torchrun(REPO / "train.py", tmp_path)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    assert "resumed after epoch 1" in done.stdout and done.stdout.count("epoch   2/2") == 1
+    out, err = finish(torchrun(REPO / "train.py", data, tmp_path, *FLAGS))
+    assert "Warning" not in err and "resumed after epoch 1" in out and out.count("epoch   2/2") == 1
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"] and not list((tmp_path / "checkpoint").glob(".*"))
     # Every pixel is scored once, and the weights that are saved are those scored.
     loader = DataLoader(CamVidDataset(data, "val", CAMVID, eval_transform(), native_masks=True))
@@ -67,13 +67,10 @@ def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_a_killed_torchrun_leaves_no_process_training(scenes, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py",
-               "--data_root", scenes, *SMALL, "--epochs", 10_000]
-    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = torchrun(REPO / "train.py", scenes, tmp_path, "--epochs", 10_000)
     wait_for(lambda: (tmp_path / "checkpoint" / "unet_last.pth").exists())
     process.kill()
-    process.wait()
+    process.communicate(timeout=120)
     with pytest.raises(ProcessLookupError):
         wait_for(lambda: os.killpg(process.pid, 0))
 

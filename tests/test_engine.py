@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, OneCycleLR, StepLR
 
 from inference.predictor import Predictor
 from loss import SegmentationLoss
@@ -62,28 +62,24 @@ def test_updates_are_those_of_a_hand_loop(clip, scale):
         assert_same(ours, expected, 1e-6 if clip != 0.01 else 1e-7)
 
 
-def onecycle(t):
-    """Smith & Topin 2018 with torch's defaults: 30 % of 40 updates up, the rest down, both as cosines."""
-    low, high, share = (1 / 25, 1, t / 11) if t <= 11 else (1, 1 / 25e4, (t - 11) / 28)
-    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
+@pytest.mark.parametrize("name, total, drop, warmup", [
+    ("onecycle", 40, 20, 0), ("step", 40, 20, 6), ("step", 900, 400, 100), ("step", 7, 2, 1)])
+def test_schedule_is_torchs_with_a_warm_up(name, total, drop, warmup):
+    def torchs(optimizer):
+        if name == "onecycle":
+            return OneCycleLR(optimizer, 0.1, total, cycle_momentum=False)
+        return ChainedScheduler([LinearLR(optimizer, 0.01, total_iters=warmup), StepLR(optimizer, drop, 0.5)])
 
+    def rates(build):
+        optimizer = build_optimizer("sgd", one_layer(), 0.1, 0.01)
+        schedule = build(optimizer)
+        for _ in range(total):
+            yield [group["lr"] for group in optimizer.param_groups]
+            optimizer.step()
+            schedule.step()
 
-def step_lr(warmup, drop):
-    """Linear from 1 % within ``warmup`` updates, and half the rate after every ``drop``."""
-    return lambda t: (0.01 + 0.99 * min(1, t / warmup)) * 0.5 ** (t // drop)
-
-
-@pytest.mark.parametrize("name,total,drop,shape", [
-    ("onecycle", 40, 20, onecycle), ("step", 40, 20, step_lr(6, 20)), ("step", 900, 400, step_lr(100, 400)),
-    ("step", 7, 2, step_lr(1, 2))])
-def test_schedule_follows_its_formula(name, total, drop, shape):
-    optimizer = build_optimizer("sgd", one_layer(), 0.1, 0.01)
-    schedule, rates = build_scheduler(name, optimizer, total, drop, gamma=0.5), []
-    for _ in range(total):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule.step()
-    assert rates == [pytest.approx([0.1 * shape(t)] * 2, rel=1e-6) for t in range(total)]
+    ours = rates(lambda optimizer: build_scheduler(name, optimizer, total, drop, gamma=0.5))
+    assert list(ours) == [pytest.approx(rate, rel=1e-6) for rate in rates(torchs)]
 
 
 @pytest.mark.parametrize("name,kind,expected", [
@@ -159,13 +155,15 @@ def test_validate_scores_at_the_masks_size(ignore_index):
         validate(predictor, [(image * float("nan"), mask)], metric)
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of settings that would be faster
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs CUDA"))])
-@pytest.mark.parametrize("kind,amp", [("plain", "bf16"), ("plain", "fp16"), ("compiled", "bf16"), ("ddp", "off")])
-def test_training_steps_in_mixed_precision_compiled_and_replicated(tmp_path, kind, amp, device):
-    if device == "cpu" and kind != "plain":
-        pytest.skip("compiling takes minutes and is counted in test_cli; two CPU processes are in test_distributed")
+@pytest.mark.parametrize("device, kind, amp", [
+    ("cpu", "plain", "bf16"), ("cpu", "plain", "fp16"), *(pytest.param("cuda:0", *case, marks=CUDA) for case in (
+        ("plain", "bf16"), ("plain", "fp16"), ("compiled", "bf16"), ("ddp", "off")))])
+def test_training_steps_in_mixed_precision_compiled_and_replicated(tmp_path, device, kind, amp):
+    """On the CPU, test_cli counts what is compiled, and test_distributed has two processes."""
     torch.manual_seed(0)
     device = torch.device(device)
     dtype = select_amp_dtype(amp, device)
