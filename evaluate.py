@@ -86,8 +86,7 @@ def main(args) -> int:
     report, order = Report(classes), iter(range(len(dataset)))
 
     def add_to_report(ids: Tensor) -> None:
-        for prediction in ids.to(torch.uint8).cpu().numpy():
-            i = next(order)
+        for prediction, i in zip(ids.to(torch.uint8).cpu().numpy(), order):
             image, mask = dataset.read(i)
             report.add(dataset.pairs[i].image.stem, image, prediction, mask)
 

@@ -7,6 +7,7 @@
 """
 from support.command import Parser, RunError, Terminated, UserError, is_main_process, number, run_command  # isort: split
 
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -30,6 +31,7 @@ from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
 from support.device import default_workers, init_worker, repeatable, select_amp_dtype, select_device
+from support.files import locked
 from training import distributed
 from training.checkpoints import load_checkpoint, load_weights
 from training.engine import NonFiniteLoss, train_one_epoch, validate
@@ -152,7 +154,7 @@ def build_state(args, classes: ClassSet, checkpoint: dict | None, device: torch.
 
 
 def main(args) -> int:
-    with RunFiles(args.checkpoint, args.model).held():
+    with locked(args.checkpoint) if is_main_process() else contextlib.nullcontext():
         run(args)
     return 0
 

@@ -1,5 +1,4 @@
 """A training run: the state that a resume restores, and the files in its folder."""
-import contextlib
 import csv
 import json
 import sys
@@ -17,7 +16,7 @@ from datasets.check import SplitReport
 from datasets.classes import ClassSet
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from support.command import Parser, RunError, UserError, is_main_process
-from support.files import atomic_path, locked, write_file
+from support.files import atomic_path, write_file
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.distributed import world_size
 from training.recipe import WeightAverage
@@ -72,7 +71,11 @@ class TrainingState:
 
         Raises UserError if it is one of another model, class set or recipe, or of other data.
         """
-        state, changed = checkpoint["training"], recipe_changes(checkpoint["config"], config)
+        state, before, now = checkpoint["training"], checkpoint["config"], config["train"]
+        changed = [f"--{key} {before['train'].get(key)}, now {now[key]}" for key in FIXED_FLAGS
+                   if before["train"].get(key) != now[key]]
+        if before["classes"] != config["classes"]:
+            changed.append(f"other classes, {', '.join(before['classes']['names'])}")
         if state["processes"] != world_size():
             changed.append(f"{state['processes']} processes, now {world_size()}")
         elif state["steps_per_epoch"] != self.steps_per_epoch:
@@ -92,15 +95,6 @@ class TrainingState:
         # The schedule depends on the update and on the flags alone, so that it has no further state.
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
         self.ema.updates, self.history, self.best_miou = state["updates"], list(state["history"]), state["best_miou"]
-
-
-def recipe_changes(before: dict, now: dict) -> list[str]:
-    """What differs between the configs of a checkpoint and of a run that resumes it, and must not."""
-    changed = [f"--{key} {before['train'].get(key)}, now {now['train'][key]}" for key in FIXED_FLAGS
-               if before["train"].get(key) != now["train"][key]]
-    if before["classes"] != now["classes"]:
-        changed.append(f"other classes, {', '.join(before['classes']['names'])}")
-    return changed
 
 
 def take_flags(args, parser: Parser, stored: dict, path: Path) -> None:
@@ -156,10 +150,6 @@ class RunFiles:
     def path(self, name: str) -> Path:
         """Where the file of that name, one of RUN_FILES, lies."""
         return self.folder / f"{self.model}_{name}"
-
-    def held(self) -> contextlib.AbstractContextManager:
-        """Keep other runs out of the folder. Raises UserError that names the one that is in it."""
-        return locked(self.folder) if is_main_process() else contextlib.nullcontext()
 
     def set_aside(self) -> None:
         """Move the files of an earlier run, if it left weights, into a folder of their own."""
