@@ -61,27 +61,23 @@ class Malicious:
 
 
 MISSING = object()
-WRONG = {  # values that no field of that kind may have
-    int: {"a text": "1", "a truth": True, "a list": [1], "huge": 10**40, "a fraction": 1.5, "a tensor": torch.ones(2)},
-    float: {"a text": "1", "a truth": True, "a list": [1], "huge": 10**40, "infinite": math.inf,
-            "a tensor": torch.ones(2)},
-    str: {"a number": 1, "empty": "", "a list": ["sgd"], "bytes": b"sgd"},
-    list: {"a text": "abc", "a dictionary": {0: 1}, "a number": 3, "a tensor": torch.ones(3)},
-    dict: {"a text": "abc", "a list": [1], "a number": 3, "a tensor": torch.ones(2)}}
+ANY = ("1", True, [1], 3, {0: 1}, torch.ones(2))
 
 
 def cases(schema, path=(), optional=False):
     """(path, what is wrong, value or MISSING) of whatever the schema forbids, in it and all within it."""
     field, inner = (DICT, schema) if isinstance(schema, dict) else (schema, {0: schema.item} if schema.item else {})
-    wrong = WRONG[field.kind] | ({} if optional else {"None": None}) | ({} if optional or 0 in path[-1:] else {
-        "missing": MISSING})
-    if field.kind in (int, float):
-        wrong |= {"too low": field.low - max(1, abs(field.low))} | ({} if field.nan else {"NaN": math.nan})
-    elif field.kind is list:
-        wrong |= {"too long": [0] * (field.high + 1)} | ({"too short": [0] * (field.low - 1)} if field.low else {})
-    elif field.choices:
-        wrong |= {"no choice": "segnet"}
-    yield from ((path, *case) for case in wrong.items() if path)
+    kind, number, entries = field.kind, field.kind in (int, float), field.kind is list
+    for wrong, what, value in (
+            (not optional, "None", None), (not optional and path[-1:] != (0,), "missing", MISSING),
+            *((type(value) not in (kind, {float: int}.get(kind)), f"a {type(value).__name__}", value) for value in ANY),
+            (number, "huge", 10**40), (number, "infinite", math.inf), (number and not field.nan, "NaN", math.nan),
+            (number, "too low", field.low - max(1, abs(field.low))), (kind is int, "a fraction", 1.5),
+            (kind is str, "empty", ""), (field.choices, "no choice", "segnet"),
+            (entries, "too long", entries and [0] * (field.high + 1)),
+            (entries and field.low, "too short", entries and [0] * (field.low - 1))):
+        if wrong and path:
+            yield path, what, value
     for key, part in inner.items():
         yield from cases(part, (*path, key and key.removesuffix("?")), key != 0 and key.endswith("?"))
 

@@ -93,14 +93,15 @@ def test_weight_decay_spares_norms_and_biases(name, kind, expected):
     assert all(expected.items() <= group.items() for group in built.param_groups)
 
 
-def test_weight_average_follows_its_formula():
+@pytest.mark.parametrize("decay", [0.8, 0])
+def test_weight_average_follows_its_formula(decay):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    expected, average = copy.deepcopy(model.state_dict()), WeightAverage(model, 0.8)
+    expected, average = copy.deepcopy(model.state_dict()), WeightAverage(model, decay)
     for n in range(60):  # the decay reaches 0.8 after 35
         for name, tensor in model.state_dict().items():
             tensor.copy_(n if tensor.dtype == torch.int64 else torch.randn(tensor.shape))
-            keep = min(0.8, (1 + n) / (10 + n)) if tensor.is_floating_point() else 1
+            keep = min(decay, (1 + n) / (10 + n)) if tensor.is_floating_point() else 1
             expected[name] = keep * expected[name] + (1 - keep) * tensor
         average.update()
     assert not average.module.training and not any(p.requires_grad for p in average.module.parameters())
