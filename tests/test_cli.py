@@ -126,7 +126,7 @@ def test_a_resume_in_another_folder_takes_the_best_along_and_in_the_same_keeps_i
         prepare(folder, True)
         before = (folder / "unet_best.pth").read_bytes()
         status, out, _ = call("train.py", "--data_root", scenes, *resume, name, "--device", "cpu")
-        assert status == 0 and ("going on from checkpoint/unet_last.pth" in out) == ("best" in name)
+        assert status == 0 and "from checkpoint/unet_last.pth" in out
         assert load(tmp_path)["training"]["best_miou"] == 0.99 and not [*folder.glob("unet_until_*")]
         assert (folder / "unet_best.pth").read_bytes() == before
 

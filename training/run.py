@@ -126,11 +126,7 @@ def resumed_file(resume: str | None, last: Path) -> Path | None:
         return last if resume and last.is_file() else None
     path = Path(resume)
     beside = path.with_name(path.name.replace("_best.pth", "_last.pth"))
-    if path == beside or not beside.is_file():
-        return path
-    if is_main_process():
-        print(f"{path} holds weights alone; going on from {beside}")
-    return beside
+    return beside if beside.is_file() else path
 
 
 def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
@@ -203,7 +199,7 @@ def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint:
         state.restore(args.resume, checkpoint, config)
         here = args.resume.resolve() == files.path("last.pth").resolve()
         best = best_beside(args.resume, state.best_miou)
-        print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}"
+        print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}, from {args.resume}"
               + ("; nothing is left to train, a larger --epochs goes on" if state.epoch >= args.epochs else ""))
     if is_main_process():
         if not here:
