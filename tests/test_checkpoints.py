@@ -17,15 +17,7 @@ from datasets.classes import CAMVID, ClassSet
 from datasets.synthetic import generate_dataset
 from model import build_model
 from support.command import UserError
-from training.checkpoints import (
-    SHIPPED,
-    default_checkpoint,
-    load_checkpoint,
-    load_model,
-    load_predictor,
-    load_weights,
-    save_checkpoint,
-)
+from training.checkpoints import SHIPPED, default_checkpoint, load_checkpoint, load_model, load_predictor, load_weights
 from training.run import TrainingState
 from training.schema import CHECKPOINT, DICT, RESUMABLE, check_checkpoint, of_classes
 
@@ -240,18 +232,6 @@ def test_fine_tuning_the_shipped_weights_is_one_command(scenes, tmp_path, call):
     config = load(tmp_path)["config"]
     assert config["model"]["options"]["width"] == 16 and config["train"]["lr"] == pytest.approx(0.02)
     assert "holds a unet of width 16; leave --model and" in call("train.py", *flags, "--model", "unet_resnet18")[2]
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(monkeypatch, tmp_path):
-    def tear(state, target):
-        target.write_bytes(b"half a file")
-        raise RuntimeError("write failed\nat 0")
-
-    save_checkpoint(path := tmp_path / "unet_last.pth", {"epoch": 1})
-    monkeypatch.setattr(torch, "save", tear)
-    with pytest.raises(UserError, match=r"\A.*cannot be written \(write failed\)\Z"):
-        save_checkpoint(path, {"epoch": 2})
-    assert list(tmp_path.iterdir()) == [path] and torch.load(path)["epoch"] == 1
 
 
 def test_default_checkpoint_is_the_newest_best_else_the_shipped_one(tmp_path):
