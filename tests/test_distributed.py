@@ -55,7 +55,7 @@ def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
         assert torch.equal(tensor, second[name]) == ("running" not in name), name
     out, err = finish(torchrun(REPO / "train.py", data, tmp_path, *FLAGS))
     assert "Warning" not in err and "resumed after epoch 1" in out and out.count("epoch   2/2") == 1
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"] and not list((tmp_path / "checkpoint").glob(".*"))
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"] and not list(tmp_path.glob("*/.unfinished*"))
     # Every pixel is scored once, and the weights that are saved are those scored.
     loader = DataLoader(CamVidDataset(data, "val", CAMVID, eval_transform(), native_masks=True))
     predictor, *_ = load_predictor(tmp_path / "checkpoint" / "unet_last.pth")

@@ -79,7 +79,7 @@ def test_half_precision_predicts_the_same_without_this_machines_paths(trained, s
     assert state["config"] == {**before["config"], "train": kept} and str(state["scores"]) == str(before["scores"])
     images = [np.array(opened(path)) for path in sorted((scenes / "train").iterdir())]
     ours, theirs = (load_predictor(path)[0].predict(images) for path in (tmp_path / "model.pth", best))
-    assert (ours == theirs).mean() >= 0.999
+    assert (ours == theirs).mean() >= 0.995
     before["state_dict"]["classifier.weight"][:] = 1e6
     torch.save(before, tmp_path / "large.pth")
     status, _, err = call("export.py", "--out", "none.pth", "--checkpoint", "large.pth")
