@@ -15,7 +15,7 @@ cv2.setNumThreads(0)  # data loader workers run in parallel already; further thr
 
 def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.4, 1.2),
                     jitter: float = 0.4) -> A.Compose:
-    """Random scale, crop, horizontal flip and `appearance`: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
+    """Random scale, crop, horizontal flip, and in half of the crops `appearance`: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
 
     crop_size: (height, width) in pixels; smaller images are padded with the mean colour, their masks with void_id.
     scale: the lowest and highest factor for both sides. jitter: of `appearance`; 0 leaves the colours as they are.
@@ -29,7 +29,7 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
                       mask_interpolation=cv2.INTER_NEAREST, area_for_downscale="image", p=1),
         A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random", **padding),
         A.HorizontalFlip(p=0.5),
-        *(appearance(jitter) if jitter else ()),
+        A.Sequential(appearance(jitter), p=0.5 if jitter else 0),
         A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         A.ToTensorV2(),
     ])

@@ -65,7 +65,7 @@ def test_crops_reach_every_part():
     assert min(y for y, _ in offsets) < 14 and max(y for y, _ in offsets) > 16 and len({x for _, x in offsets}) > 4
 
 
-def test_colours_light_and_sharpness_change_and_the_mask_does_not():
+def test_half_of_the_crops_are_seen_in_other_light_and_the_mask_stays():
     (plain, ids), *_ = draw(1, QUARTERS, (96, 128), scale=(1, 1), jitter=0)
     shifts, edges, rough = [], [], []
     for image, mask in draw(80, QUARTERS, (96, 128), scale=(1, 1)):
@@ -75,9 +75,10 @@ def test_colours_light_and_sharpness_change_and_the_mask_does_not():
         shifts.append(np.abs(image - plain).mean())
         rough.append(image[5:40, 5:50].std(axis=(0, 1)).max())
         edges.append(np.abs(image[20, 63] - image[20, 62]).max() > 1)
-    assert np.mean(np.array(shifts) > 4) > 0.8 and 8 < np.median(shifts) < 60
-    assert 0.1 < np.mean(np.array(rough) > 1) < 0.5, "noise and compression are the exception"
-    assert 0.05 < np.mean(edges) < 0.6, "blur is the exception"
+    assert 0.35 < np.mean(np.array(shifts) < 1e-3) < 0.65, "half of the crops keep their colours"
+    assert np.mean(np.array(shifts) > 4) > 0.3 and max(shifts) > 30
+    assert 0.05 < np.mean(np.array(rough) > 1) < 0.35, "noise and compression are the exception"
+    assert 0.02 < np.mean(edges) < 0.4, "blur is the exception"
 
 
 def test_eval_only_normalises():
