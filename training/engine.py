@@ -94,6 +94,7 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
         labelled = masks != ignore_index
         of_mask = prob.gather(1, torch.where(labelled, masks, 0).unsqueeze(1)).squeeze(1)
         loss -= (of_mask.clamp_min(1e-8).log() * labelled).sum()
+        del prob  # before the next one is made: with 255 classes it has most of a gigabyte
     metric.counts, loss = sum_over_processes(metric.counts), sum_over_processes(loss)
     if not loss.isfinite():
         raise NonFiniteLoss
