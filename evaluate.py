@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -86,7 +85,7 @@ def main(args) -> int:
     report, order = Report(classes), iter(range(len(dataset)))
 
     def add_to_report(ids: Tensor) -> None:
-        for prediction, i in zip(ids.to(torch.uint8).cpu().numpy(), order):
+        for prediction, i in zip(ids.cpu().numpy(), order):
             image, mask = dataset.read(i)
             report.add(dataset.pairs[i].image.stem, image, prediction, mask)
 

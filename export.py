@@ -89,8 +89,10 @@ def check_onnx(network: nn.Module, path: Path) -> float:
     for size in ((1, 64, 96), (2, 90, 131), (1, 33, 17)):  # multiples of 16 or not, a batch or not
         batch = example(name, *size)
         ours, theirs = network(batch).numpy(), session.run(None, {name: batch.numpy()})[0]
+        if ours.shape != theirs.shape:
+            raise RunError(f"onnxruntime's result has the shape {theirs.shape}, PyTorch's {ours.shape}")
         difference = (ours != theirs).mean() if name == "photo" else np.abs(ours - theirs).max()
-        largest = max(largest, float(difference))
+        largest = float(np.maximum(largest, difference))  # NaN, if there is one
     if not largest <= TOLERANCE:
         raise RunError(f"onnxruntime's results differ from PyTorch's by {largest:.2g}; nothing was written")
     return largest

@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
 from support.device import default_workers, init_worker, repeatable, select_amp_dtype, select_device
 from support.files import locked
+from support.images import limited_size
 from training import distributed
 from training.checkpoints import load_checkpoint, load_weights
 from training.engine import NonFiniteLoss, train_one_epoch, validate
@@ -121,13 +122,15 @@ def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.devi
             DataLoader(val_set, val_batch, sampler=val_share, **common))
 
 
-def keep_decoded(loaders: tuple[DataLoader, DataLoader], reports: dict[str, SplitReport]) -> None:
-    """Decode every image once, not in every epoch, where memory holds them all."""
-    decoded = sum(4 * math.prod(size) * count for report in reports.values() for size, count in report.sizes.items())
+def keep_decoded(loaders: Sequence[Any], reports: dict[str, SplitReport]) -> None:
+    """Decode every image once, not in every epoch, where memory holds them all and the loaders' processes share it."""
+    side = loaders[0].dataset.max_side
+    size = sum(count * (3 * math.prod(limited_size(image, side)) + math.prod(image))
+               for report in reports.values() for image, count in report.sizes.items())
     shared = not loaders[0].num_workers or multiprocessing.get_start_method() == "fork"
-    if shared and decoded * distributed.world_size() <= KEPT_BYTES:
+    if shared and size * distributed.world_size() <= KEPT_BYTES:
         for loader in loaders:
-            loader.dataset.keep_decoded()  # type: ignore[attr-defined]
+            loader.dataset.keep_decoded()
 
 
 def build_network(args, classes: ClassSet, checkpoint: dict | None) -> nn.Module:

@@ -40,7 +40,7 @@ def find_classes(root: Path, data_name: str = "auto", label_format: str = "auto"
     elif data_name == "auto" and label_format == "ids":
         classes = ClassSet.numbered(num_classes)
     if num_classes not in (None, len(classes)):
-        advice = "leave it out" if classes.source else (
+        advice = "leave it out" if classes.source or data_name != "auto" else (
             f"python -m datasets.check --data_root {root} --write_classes writes a class_dict.csv of the colours of "
             f"other masks, and --label_format ids reads masks of class ids")
         known = f"{classes.source or 'CamVid'} has {len(classes)} classes"

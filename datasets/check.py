@@ -96,7 +96,7 @@ def find_problems(root: Path, reports: dict[str, SplitReport], classes: ClassSet
     assumed, table = classes == CAMVID and classes.source is None, root / "class_dict.csv"
     if train.any() and len(learnt) < 2:
         found = f"the masks of train hold {f'only {learnt[0]}' if learnt else 'no class'}: there is nothing to learn"
-    elif assumed and pixels[UNKNOWN] > pixels[classes.scored].sum():
+    elif assumed and problems and pixels[UNKNOWN] > pixels[classes.scored].sum():
         found = f"{pixels[UNKNOWN] / pixels.sum():.1%} of the masks' pixels have none of their colours"
     else:
         return problems

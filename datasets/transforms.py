@@ -15,7 +15,7 @@ cv2.setNumThreads(0)  # data loader workers run in parallel already; further thr
 
 def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float, float] = (0.4, 1.2),
                     jitter: float = 0.4) -> A.Compose:
-    """Random scale, crop, horizontal flip, and in half of the crops `appearance`: (H, W, 3) uint8, (H, W) uint8 -> tensors of crop_size.
+    """Random scale, crop and flip, and `appearance` for half of them: (H, W, 3) uint8, (H, W) uint8 -> tensors.
 
     crop_size: (height, width) in pixels; smaller images are padded with the mean colour, their masks with void_id.
     scale: the lowest and highest factor for both sides. jitter: of `appearance`; 0 leaves the colours as they are.

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,13 +88,12 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C, or (N, C, *size)."""
-        whole = torch.zeros(())
+        whole: Any = None
         for part, prob in self._tiles(images.shape[-2:], lambda window: images[..., *window]):
             if prob.shape[-2:] == images.shape[-2:]:
-                whole = prob
-            else:
-                whole = whole if whole.ndim else prob.new_empty(*prob.shape[:2], *images.shape[-2:])
-                whole[..., *part] = prob
+                return _resize(prob, size or images.shape[-2:])
+            whole = prob.new_empty(*prob.shape[:2], *images.shape[-2:]) if whole is None else whole
+            whole[..., *part] = prob
         return _resize(whole, size or images.shape[-2:])
 
     def _tiles(self, size: Sequence[int], read: Callable[[Window], Tensor]) -> Iterator[tuple[Window, Tensor]]:
@@ -139,7 +139,7 @@ def most_probable(prob: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """(N, C, H, W) -> (N, H, W) uint8 class ids, or (N, *size): those of the probabilities at that size."""
     height, width = size or prob.shape[-2:]
     tall = _resize(prob, (height, prob.shape[-1]))
-    # A few rows at a time: all classes of a large photograph would not fit in memory.
+    # Then a few rows at a time at full width: all classes of a large photograph would not fit in memory.
     strips = tall.split(max(1, TILE ** 2 // width), dim=2)
     # Not argmax, which takes six times as long on the CPU.
     return torch.cat([_resize(strip, (strip.shape[2], width)).max(1).indices.to(torch.uint8) for strip in strips], 1)
@@ -150,7 +150,8 @@ def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
 
     Tiles overlap by a quarter or more, and their edges, where context is missing, are not kept. They begin at multiples
     of 32, so that the network's strides fall on the same pixels as in the whole image: tiles of 960 give the U-Net's
-    very answer, because it sees less than the 128 pixels that are cut off.
+    very answer, because it sees less than the 128 pixels that are cut off. ResNet encoders see further.
+    tile: at least 64.
     """
     step = max(32, tile * 3 // 4 // 32 * 32)
     starts = range(0, max(1, side - tile + step), step)

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, and folders that one process at a time may hold."""
 import contextlib
+import errno
 import os
 import secrets
 import shlex
@@ -62,24 +63,30 @@ def locked(folder: Path, patience: float = 1) -> Iterator[None]:
     that names the process that holds the folder, or if the folder cannot be created, RunError if it cannot be locked.
     """
     new, path = not folder.is_dir(), make_folder(folder) / LOCK
+    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
     try:
-        lock = FileLock(path, mode=0o666).acquire(timeout=patience)
+        lock = FileLock(path, mode=0o666, fallback_to_soft=False).acquire(timeout=patience)
     except Timeout:
-        holder = path.read_text(errors="replace") or "another process"
+        holder = "another process"
+        with contextlib.suppress(OSError):  # Windows lets nobody read it
+            holder = path.read_text("utf-8", "replace") or holder
         raise UserError(f"{folder} is in use by {holder}; wait for its end, or name another folder") from None
     except OSError as error:
-        raise RunError(f"{folder}: cannot be locked ({error.strerror or error})") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise RunError(f"{folder}: cannot be locked ({error.strerror or error})") from None
+        print(f"warning: {folder} cannot be locked ({error.strerror}); keep other runs out of it", file=sys.stderr)
     with lock:
         with contextlib.suppress(OSError):  # a full disk
             command = printable(shlex.join(sys.argv))[:300]
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command})")
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command})", "utf-8")
         for left in folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else remove_file(left)
         try:
             yield
         finally:
-            if new and os.listdir(folder) == [LOCK]:
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if new and os.listdir(folder) == [LOCK]:
+                    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

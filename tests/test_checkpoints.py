@@ -149,6 +149,13 @@ def deflated(state: dict, path: Path) -> None:
     shutil.move(shutil.make_archive("packed", "zip", "parts"), path)
 
 
+def flipped(state: dict, path: Path) -> None:
+    torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def shared(state: dict, path: Path) -> None:
     values = torch.zeros(max(tensor.numel() for tensor in state["state_dict"].values()))
     torch.save(state | {"training": 0, "state_dict": {
@@ -163,6 +170,7 @@ FILES = {
     "cut off": lambda state, path: path.write_bytes(pickle.dumps(Malicious())),
     "(Weights only load failed": lambda state, path: torch.save(state | {"scores": Malicious()}, path),
     "it is a list of 2, not": lambda state, path: torch.save([1, 2], path), "more than its size": deflated,
+    "is damaged": flipped,
     "state_dict is larger than its file": shared,
     "format 3, this program reads up to 2": lambda state, path: torch.save(state | {"format": 3}, path),
     "no such checkpoint file": lambda state, path: os.mkfifo(path)}
@@ -186,7 +194,7 @@ STD, FLAGS = ("config", "normalize", "std"), ("config", "train")
       "evaluate.py --checkpoint", "predict.py --checkpoint", "export.py --checkpoint")),
     *(("train.py --resume", (*FLAGS, flag), value) for flag, value in (
       ("lr", -1), ("crop_size", ["--help"]), ("scale", [1.0]), ("optimizer", "x y"), ("batch_size", "many"),
-      ("epochs", math.nan), ("seed", {}), ("ema", 1)))])
+      ("epochs", math.nan), ("seed", {}), ("seed", ["--compile"]), ("ema", 1)))])
 def test_every_command_refuses_a_forged_file_in_one_line(trained, scenes, tmp_path, call, command, path, value):
     (script, flag), forged = command.split(), tmp_path / "forged.pth"
     torch.save(replaced(load(trained), path, value), forged)

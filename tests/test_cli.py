@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
 
+import train
 from datasets import synthetic
+from datasets.camvid import CamVidDataset
+from datasets.check import check_data
 from datasets.classes import CAMVID
 from metric import score_table
 from training.recipe import build_scheduler
@@ -131,6 +135,17 @@ def test_a_resume_in_another_folder_takes_the_best_along_and_in_the_same_keeps_i
         assert (folder / "unet_best.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("workers, method, limit, kept", [
+    (0, "spawn", 2 * 32 * 96 * 72, True), (2, "fork", 2**31, True), (2, "spawn", 2**31, False), (0, "fork", 99, False)])
+def test_images_are_decoded_once_where_memory_and_processes_allow(scenes, monkeypatch, workers, method, limit, kept):
+    monkeypatch.setattr(train, "KEPT_BYTES", limit)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: method)
+    datasets = [CamVidDataset(scenes, split, CAMVID) for split in ("train", "val")]
+    train.keep_decoded([SimpleNamespace(num_workers=workers, dataset=dataset) for dataset in datasets],
+                       check_data(scenes, ["train", "val"], CAMVID))
+    assert [len(dataset.kept) for dataset in datasets] == [kept * len(dataset) for dataset in datasets]
+
+
 @pytest.mark.parametrize("recipe", ["--scheduler step", "--scheduler onecycle --optimizer adamw",
                                     "--momentum 0 --ema 0"])
 def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, recipe):
@@ -145,7 +160,10 @@ def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, 
     factor = build_scheduler(flags["scheduler"], optimizer, 4 * 2, 1 * 2, flags["gamma"]).lr_lambdas[0]
     rates = [float(row["lr"]) for row in rows(tmp_path)][2:]
     assert rates == pytest.approx([flags["lr"] * factor(update) for update in (5, 7)], abs=1e-6)
-    assert load(tmp_path)["training"]["updates"] == 8
+    last = load(tmp_path)
+    assert last["training"]["updates"] == 8
+    raw, average = last["training"]["model_state_dict"]["classifier.bias"], last["state_dict"]["classifier.bias"]
+    assert torch.equal(raw, average) == ("--ema 0" in recipe)
     status, out, _ = call("train.py", "--data_root", scenes, "--resume", "auto")
     assert status == 0 and "nothing is left to train" in out and len(rows(tmp_path)) == 4
 

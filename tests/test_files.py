@@ -1,4 +1,5 @@
 """The one way to write: whole, over files alone, under names that nobody can guess, and one run a folder."""
+import errno
 import os
 import resource
 import socket
@@ -74,6 +75,17 @@ def test_nobody_can_guess_where_a_file_is_written_and_what_is_there_is_not_follo
     with pytest.raises(RunError, match="cannot be locked"), locked(tmp_path):
         pass
     assert (tmp_path / "victim").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_a_file_system_has_no_locks_a_folder_is_used_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    def no_locks(*args):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with locked(tmp_path / "d"):
+        pass
+    assert "cannot be locked (no locks here); keep other runs out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9])

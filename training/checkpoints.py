@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, training: bool = False) -> dict:
         check_checkpoint(state, size, training)
         if side := state["config"]["train"].get("image_size"):
             raise UserError(f"was trained with --image_size, now gone; train anew with --max_side {max(side)}")
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # a forged dictionary may have no methods
         reason = str(error) if isinstance(error, UserError) else f"not a valid checkpoint: {error}"
         raise UserError(f"{path}: {reason}") from None
     return state
@@ -105,6 +105,7 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     state = load_checkpoint(path)
     config = state["config"]
     config["max_side"], classes = config.get("max_side") or 0, {"ignore_index": None} | config["classes"]
+    config["normalize"] = {key: config["normalize"][key] for key in ("mean", "std")}  # and nothing that is beside them
     model = describe_network(config)
     model.load_state_dict({name: state["state_dict"][name].to(like.dtype) for name, like in model.state_dict().items()},
                           assign=True)

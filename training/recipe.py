@@ -38,7 +38,7 @@ def add_recipe_flags(parser: Parser) -> None:
         help="of the cross-entropy: 1 / ln(1.02 + pixel share), or milder, with 1.1")
     add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="of the cross-entropy")
     add("--ema", type=number(float, 0, 0.99999), default=0.99,
-        help="decay per update of the averaged weights that are scored and predict; 0: no average")
+        help="decay per update of the averaged weights that are scored and predict; 0: of the network itself")
     add("--clip_grad", type=number(float, 0, 1e9), default=0.0, help="largest norm of the gradient; 0: any")
 
 

@@ -107,7 +107,7 @@ def take_flags(args, parser: Parser, stored: dict, path: Path) -> None:
     words: list[str] = []
     for name, value in stored.items():
         if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(repr, value)]  # a text could be another flag
         elif value is not None:
             words.append(f"--{name}={value}")
     parser.error = refuse  # type: ignore[method-assign, assignment]

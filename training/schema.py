@@ -35,7 +35,7 @@ class Field:
                 str: f"one of {', '.join(self.choices)}" if self.choices else "a text"}[self.kind]
 
     def allows(self, value: Any) -> bool:
-        """Whether it is such a value, but for the entries."""
+        """Whether the value itself fits; `check` looks at its entries."""
         kinds: Any = {float: (int, float), list: (list, tuple)}.get(self.kind, self.kind)
         if not isinstance(value, kinds) or isinstance(value, bool):
             return False
@@ -45,7 +45,7 @@ class Field:
         return self.low <= size <= self.high or self.nan and size != size
 
 
-# A schema is a Field, or a dictionary of the schemas by name; those with a question mark may be None or missing.
+# A schema is a Field, or a dictionary of the schemas by name; a name that ends in ? may be missing or None.
 # Dictionaries may hold further fields, which nothing reads.
 COUNT, POSITIVE, SIDE, TEXT, DICT = Field(int), Field(int, 1, 2**31), Field(int, 0, 2**31), Field(str, 1), Field(dict)
 SHARE, LOSS = Field(float, 0, 1, nan=True), Field(float, -1e30, 1e30, nan=True)
