@@ -30,7 +30,7 @@ from inference.predictor import Predictor, fitting_batch, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
-from support.device import default_workers, init_worker, repeatable, select_amp_dtype, select_device
+from support.device import default_workers, init_worker, memory_format, repeatable, select_amp_dtype, select_device
 from support.files import locked
 from support.images import limited_size
 from training import distributed
@@ -148,8 +148,8 @@ def build_network(args, classes: ClassSet, checkpoint: dict | None) -> nn.Module
 def build_state(args, classes: ClassSet, checkpoint: dict | None, device: torch.device, amp_dtype: torch.dtype | None,
                 steps: int) -> TrainingState:
     """The network and all that changes it, as they are before the first epoch. steps: of an epoch."""
-    model = build_network(args, classes, checkpoint).to(device)
-    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs
+    model = build_network(args, classes, checkpoint)
+    model.to(device, memory_format=memory_format(device, amp_dtype, args.width))  # type: ignore[call-overload]
     optimizer = build_optimizer(args.optimizer, model, args.lr, args.weight_decay, args.momentum)
     scheduler = build_scheduler(args.scheduler, optimizer, args.epochs * steps, args.step_size * steps, args.gamma)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)

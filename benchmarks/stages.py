@@ -19,7 +19,7 @@ from datasets.transforms import train_transform
 from loss import SegmentationLoss
 from metric import SegmentationMetric
 from model import build_model
-from support.device import default_workers, init_worker, select_amp_dtype
+from support.device import default_workers, init_worker, memory_format, select_amp_dtype
 from training.checkpoints import SHIPPED, load_checkpoint, load_predictor
 from training.engine import train_one_epoch
 from training.recipe import WeightAverage, build_optimizer
@@ -61,7 +61,7 @@ def metric(args) -> Iterator[Row]:
 def our_steps(model: nn.Module, batches: Any, amp_dtype: torch.dtype | None,
               network: Callable | None = None) -> Callable:
     """The training loop of this repository, with Dice and the weight average, over batches in memory."""
-    model.to(DEVICE, memory_format=torch.channels_last).train()
+    model.to(DEVICE, memory_format=memory_format(DEVICE, amp_dtype, model.classifier.in_channels)).train()
     optimizer = build_optimizer("sgd", model, 0.01, 5e-4)
     loss_fn, ema = SegmentationLoss(0, dice=True).to(DEVICE), WeightAverage(model, 0.99)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)

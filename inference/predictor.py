@@ -126,7 +126,6 @@ class Predictor:
         return prob.flip(-1) if flip else prob
 
     def _network(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self.amp_dtype):
             logits = self.model(images)
         logits = logits.float()

@@ -57,6 +57,15 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def memory_format(device: torch.device, dtype: torch.dtype | None, width: int) -> torch.memory_format:
+    """Of a network's weights, which convolutions then give their results, for training.
+
+    channels_last is a fifth faster, but slower by a tenth to a third for wide networks in float32 on CPUs.
+    """
+    wide_on_cpu = device.type == "cpu" and dtype is None and width > 32
+    return torch.contiguous_format if wide_on_cpu else torch.channels_last
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """The autocast context; a no-op where ``dtype`` is None."""
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()

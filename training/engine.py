@@ -38,7 +38,7 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
     images_seen, started = 0, time.perf_counter()
     bar = progress(loader, desc=description, unit="batch")
     for step, (images, masks) in enumerate(bar):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        images = images.to(device, non_blocking=True)
         masks = masks.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(images)
