@@ -56,4 +56,4 @@ def test_command_writes_the_same_scenes_in_another_process_into_an_empty_folder(
         assert (compare_per_class(np.array(opened(folder / f"{split}_labels" / name)), PALETTE) == ids).all()
     for command in ("datasets.synthetic", "datasets.download"):
         status, _, err = call(command, "--out", folder)
-        assert status == 2 and "not an empty folder" in err and len(list(folder.rglob("*.*"))) == 8
+        assert status == 2 and "not an empty folder" in err and len(list(folder.rglob("[!.]*.*"))) == 8
