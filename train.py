@@ -205,7 +205,7 @@ def run(args) -> None:
 def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: ClassSet, train_loader: Any,
         val_loader: Any, loss_fn: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Train to the last epoch; after each, print its figures, save it and draw it. The loaders: of `build_loaders`."""
-    predictor = Predictor(state.ema.module, classes.ignore_index, **config["normalize"], device=device,
+    predictor = Predictor(copy.deepcopy(state.ema.module), classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=amp_dtype, max_side=config["max_side"])
     metric = SegmentationMetric(len(classes), classes.void_id)
     monitor = Monitor(files, val_loader.dataset, classes, predictor, args.tensorboard and is_main_process(),

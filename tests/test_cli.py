@@ -146,6 +146,14 @@ def test_images_are_decoded_once_where_memory_and_processes_allow(scenes, monkey
     assert [len(dataset.kept) for dataset in datasets] == [kept * len(dataset) for dataset in datasets]
 
 
+def test_the_average_follows_a_wide_network_in_its_own_memory_format(scenes, tmp_path, call):
+    assert call("train.py", "--data_root", scenes, *SMALL, "--width", 33, "--amp", "off", "--ema", 0)[0] == 0
+    last = load(tmp_path)
+    assert last["training"]["model_state_dict"]["encoder.0.3.weight"].is_contiguous()
+    for name, tensor in last["training"]["model_state_dict"].items():
+        assert torch.equal(tensor, last["state_dict"][name]) or name.endswith("num_batches_tracked"), name
+
+
 @pytest.mark.parametrize("recipe", ["--scheduler step", "--scheduler onecycle --optimizer adamw",
                                     "--momentum 0 --ema 0"])
 def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, recipe):

@@ -97,15 +97,16 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.module, self.model = copy.deepcopy(model).requires_grad_(False).eval(), model
         self.decay, self.updates = decay, 0
-        # The tensors themselves; not batch norm's counters, which nothing reads.
-        self.averages, self.values = ([tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
-                                      for module in (self.module, model))
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the network's present weights."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(self.averages, self.values, 1 - keep)
+        # Not batch norm's counters, which nothing reads. Asked for anew: a module that changes its format or its device
+        # has other tensors.
+        averages, values = ([tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+                            for module in (self.module, self.model))
+        torch._foreach_lerp_(averages, values, 1 - keep)

@@ -137,7 +137,7 @@ def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
 
 
 class RunFiles:
-    """The files of a run, ``folder/{model}_…``. In torchrun's further processes nothing is written."""
+    """The files of a run, ``folder/{model}_…``, which its first process alone writes."""
 
     def __init__(self, folder: Path, model: str):
         self.folder, self.model = folder, model
