@@ -202,8 +202,11 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
         if line:
             print(f"{parser.prog}: {line}", file=sys.stderr)
         elif line is None:
-            # Printed here, not by the interpreter, which would hold on to the loader's workers and wait for them.
             traceback.print_exc()
+        raised: BaseException | None = error
+        while raised:  # its frames hold on to the loader, whose processes would outlive the command
+            traceback.clear_frames(raised.__traceback__)
+            raised = raised.__context__
         return status
     finally:
         for kind, handler in before.items():

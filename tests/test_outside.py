@@ -1,4 +1,5 @@
 """What the system and the libraries refuse ends in one line and an exit status, in every command, at every moment."""
+import multiprocessing
 import os
 import resource
 import signal
@@ -68,6 +69,15 @@ def test_a_fault_in_a_loaders_process_is_one_line(scenes, call, monkeypatch, fau
     monkeypatch.setattr(CamVidDataset, "__getitem__", fault)
     got, _, err = call("train.py", "--data_root", scenes, *SMALL, "--workers", 1)
     assert got == status and err.count("\n") == 1 and said in err and "error: " in err
+    assert not multiprocessing.active_children(), "the interpreter would wait for them at its end"
+
+
+def test_a_process_that_a_loader_forgot_delays_the_end_but_does_not_prevent_it():
+    code = ("from torch.utils.data import DataLoader; from support.device import init_worker\n"
+            "class Cycle: pass\n"
+            "it = iter(DataLoader([1, 2], num_workers=1, worker_init_fn=init_worker)); next(it)\n"
+            "cycle = Cycle(); cycle.it, cycle.itself = it, cycle")
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPO)}, timeout=60, check=True)
 
 
 def test_too_little_memory_is_one_line(scenes, trained, tmp_path, call):
