@@ -44,10 +44,10 @@ class ClassSet:
 
     def to_ids(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 colours -> (H, W) uint8 ids, UNKNOWN (255) where a colour is in no class."""
+        import cv2  # here, because predict.py starts sooner without it
         table = _color_table((*zip(self.colors, range(len(self))), *self.aliases))
-        # float32 holds the codes below 2**24 exactly, and its matrix product is the fastest way to compute them.
-        codes = rgb.astype(np.float32) @ np.array([65536, 256, 1], np.float32)
-        return table.take(codes.astype(np.intp))
+        # A pixel with an alpha of 255, read as one int32, is its code - 2**24: an index from the end of the table.
+        return table.take(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGRA).view(np.int32)[..., 0])
 
     def to_rgb(self, ids: np.ndarray) -> np.ndarray:
         """(...) ids -> (..., 3) uint8 colours; ids outside the set are black."""
