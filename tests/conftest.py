@@ -1,6 +1,7 @@
 """What several test files share: the specification's colours, generated scenes, real images, ways to run commands."""
 import csv
 import importlib
+import multiprocessing
 import os
 import re
 import signal
@@ -136,6 +137,7 @@ def call(tmp_path, monkeypatch, capsys):
             torch.use_deterministic_algorithms(False)  # what --deterministic has set
         out, err = capsys.readouterr()
         assert "Traceback" not in err, err
+        assert not multiprocessing.active_children(), "the interpreter would wait for them at its end"
         return status, out, err
     return call
 
