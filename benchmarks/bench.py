@@ -27,7 +27,7 @@ from datasets.synthetic import generate_dataset  # noqa: E402
 from support.device import keep_freed_memory  # noqa: E402
 
 STAGES = {f.__name__: f for f in (
-    stages.masks, stages.items, stages.metric, stages.step, stages.gpu, stages.loading,
+    stages.masks, stages.items, stages.metric, stages.step, stages.profile, stages.gpu, stages.loading,
     commands.predict, commands.start, commands.quality)}
 
 

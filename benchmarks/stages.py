@@ -1,6 +1,8 @@
 """The stages that are measured within one process: data, metric, training, networks."""
+import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,6 +104,28 @@ def step(args) -> Iterator[Row]:
         for dtype, own in ((amp_dtype, seconds[0]), (torch.float32, seconds[1])):
             yield Row(f"training step in {dtype}, 8×224×224, width {width}", 1e3 * own, "ms", 1e3 * seconds[2],
                       "plain loop, cross-entropy alone")
+
+
+def profile(args) -> Iterator[Row]:
+    """Where a step's time goes, by groups of torch's operators: ours, in bf16 where it pays, and the plain loop."""
+    if DEVICE.type == "cuda":
+        return
+    groups = {"convolutions": "conv", "batch norm": "norm", "ReLU and pooling": "threshold|clamp|relu|pool",
+              "copies and concatenation": "copy|cat|fill|empty", "loss, optimiser, average and the rest": ""}
+    batches, found = random_batches(1, 8, 224), []
+    ours, plain = (build_model("unet", 12, width=16) for _ in range(2))
+    for run in (our_steps(ours, batches, select_amp_dtype("auto", DEVICE)), references.training_loop(plain, batches)):
+        run()
+        with torch.profiler.profile() as profiler:
+            for _ in range(args.runs):
+                run()
+        milliseconds: Counter[str] = Counter()
+        for event in profiler.key_averages():
+            group = next(name for name, pattern in groups.items() if re.search(pattern, event.key))
+            milliseconds[group] += event.self_cpu_time_total / 1e3 / args.runs
+        found.append(milliseconds)
+    for name in groups:
+        yield Row(f"of a step, 8×224×224, width 16: {name}", found[0][name], "ms", found[1][name], "plain loop")
 
 
 def gpu(args) -> Iterator[Row]:
