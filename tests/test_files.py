@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, SMALL
 
 from inference.video import write_video
 from support import files
 from support.command import RunError, UserError
 from support.files import atomic_folder, atomic_path, locked, write_file
+from training.checkpoints import save_checkpoint
 from training.run import RunFiles
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and limits as on POSIX systems")
@@ -100,6 +102,25 @@ def test_a_video_on_a_full_disk_is_a_failure(tmp_path, share):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("limit, error, said", [
+    (1000, RunError, "last.pth: cannot be written .File too large"),  # as on a full disk
+    (1 << 30, RuntimeError, "worker is killed")])  # raised by a signal, in the midst of anything
+def test_a_checkpoint_that_is_not_written_says_why(tmp_path, monkeypatch, limit, error, said):
+    def save(state, file, save=torch.save):
+        save(state, file)
+        raise RuntimeError("DataLoader worker is killed")
+
+    monkeypatch.setattr(torch, "save", save)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(error, match=said):
+            save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not os.listdir(tmp_path)
 
 
 # Ten processes at the same instant: each that gets in notes it, stays, and notes when it leaves.

@@ -23,11 +23,13 @@ LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "dev
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write ``state`` and the format number, whole or not at all. Raises RunError if the disk refuses."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save({"format": FORMAT, **state}, temporary)
-        except RuntimeError as error:  # torch's file writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from None
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # what the disk has said, behind torch's own words
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path, training: bool = False) -> dict:
