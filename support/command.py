@@ -16,7 +16,7 @@ from typing import Any
 
 # What libraries say where the machine is at fault, not the program; and what to do.
 OUTSIDE = {
-    r"DataLoader worker|shared memory|</torch_":
+    r"DataLoader worker|shared memory|</torch_|ConnectionResetError":
         "a process that loads data was lost, perhaps for too little memory or /dev/shm; lower --workers",
     r"MemoryError|out of memory|(can't|annot|nable to|ailed to) allocate|bad_alloc|ALLOC_FAILED|calculation overflowed|"
     r"failed to map segment|start new thread":
@@ -183,7 +183,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
         raise Terminated
 
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    streams, printed = (sys.stdout, sys.stderr), Stream(sys.stdout, raises=(BrokenPipeError,))
+    streams, hook, printed = (sys.stdout, sys.stderr), sys.unraisablehook, Stream(sys.stdout, raises=(BrokenPipeError,))
     sys.stdout, sys.stderr = printed, Stream(sys.stderr)
     try:
         args = parser.parse_args()
@@ -204,6 +204,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
         elif line is None:
             traceback.print_exc()
         raised: BaseException | None = error
+        sys.unraisablehook = lambda _: None  # a loader that ends says again that a process of it was lost
         while raised:  # its frames hold on to the loader, whose processes would outlive the command
             traceback.clear_frames(raised.__traceback__)
             raised = raised.__context__
@@ -211,7 +212,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-        sys.stdout, sys.stderr = streams
+        (sys.stdout, sys.stderr), sys.unraisablehook = streams, hook
 
 
 _main = getattr(sys.modules["__main__"], "__file__", None)

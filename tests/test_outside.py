@@ -42,6 +42,7 @@ def test_what_happens_during_the_imports_is_one_line(tmp_path, command, happens,
 @pytest.mark.parametrize("error, status, said", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more"), 1, "out of memory; lower"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "out of memory; lower"),
+    (ConnectionResetError(104, "Connection reset by peer"), 1, "a process that loads data was lost"),
     (RuntimeError("[gloo/tcp/pair.cc:534] Connection closed by peer [::1]:80"), 1, "another process of this run"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Out of shared memory."), 1, "/dev/shm"),
     (RuntimeError("unable to write to file </torch_7_0>: No space left on device (28)"), 1, "/dev/shm; lower"),
@@ -49,11 +50,18 @@ def test_what_happens_during_the_imports_is_one_line(tmp_path, command, happens,
     (UserError("a\x1b\n\udcff\u202e b"), 2, r"error: a\x1b\n\udcff\u202e b"), (RunError("a"), 1, "error: a"),
     (TypeError("a fault of this program"), 1, "Traceback")])
 def test_what_fails_outside_is_one_line(capsys, monkeypatch, error, status, said):
+    class Loader:
+        def __del__(self):
+            raise RuntimeError("the same once more")
+
     def fail(args):
+        loader = Loader()  # noqa: F841
         raise error
 
+    more: list = []
+    monkeypatch.setattr(sys, "unraisablehook", more.append)
     monkeypatch.setattr(sys, "argv", ["prog"])
-    assert run_command(fail, Parser(prog="prog")) == status
+    assert run_command(fail, Parser(prog="prog")) == status and not more and sys.unraisablehook == more.append
     err = capsys.readouterr().err
     assert said in err and ("Traceback" in said or err.startswith("prog: error: ") and err.count("\n") == 1)
 
