@@ -109,6 +109,8 @@ def _read_rows(path: Path) -> list[list]:
     """[line number, name, r, g, b] of every row that is not empty, as text."""
     columns = ("name", "r", "g", "b")
     try:
+        if not path.is_file():  # a FIFO would never end
+            raise OSError("not a regular file")
         reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
         reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader if any(row.values())]

@@ -79,7 +79,8 @@ def test_from_csv_ignores_by_name_alone(tmp_path):
      ["line 2", "255", "line 3", "line 4", "line 5", "line 6", "line 7"]),  # all at once
     ("name,r,g,b\nVoid,1,2,3\nUnlabelled,4,5,6\n", ["Void and Unlabelled"]),
     ("name,r,g,b\na,1,2,3\n".encode("utf-16"), ["UTF-8"]), ("name,r,g,b\n" + 200_000 * "a", ["CSV"]),
-    (Path.mkdir, ["cannot be read"]), (lambda path: path.symlink_to("gone"), ["cannot be read"]),  # not passed over
+    *((make, ["cannot be read", "not a regular file"]) for make in (  # not passed over, nor read without an end
+        Path.mkdir, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to("/dev/null"))),
 ])
 def test_from_csv_names_what_is_wrong(tmp_path, text, said):
     with pytest.raises(UserError) as error:
