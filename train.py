@@ -199,7 +199,8 @@ def run(args) -> None:
         print(f"\nstopped; {resume_hint(files)}", file=sys.stderr)
         raise
     distributed.end_processes()
-    print_end(args, files, classes)
+    if files.path("best.pth").is_file():  # else nothing was left to train, and nothing had been scored
+        print_end(args, files, classes)
 
 
 def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: ClassSet, train_loader: Any,

@@ -172,8 +172,11 @@ def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, 
     assert last["training"]["updates"] == 8
     raw, average = last["training"]["model_state_dict"]["classifier.bias"], last["state_dict"]["classifier.bias"]
     assert torch.equal(raw, average) == ("--ema 0" in recipe)
-    status, out, _ = call("train.py", "--data_root", scenes, "--resume", "auto")
-    assert status == 0 and "nothing is left to train" in out and len(rows(tmp_path)) == 4
+    for best in ("there", "gone"):  # of a run that was stopped before its first validation there is none
+        status, out, _ = call("train.py", "--data_root", scenes, "--resume", "auto")
+        assert status == 0 and "nothing is left to train" in out and len(rows(tmp_path)) == 4
+        assert ("best epoch" in out) == (best == "there")
+        (tmp_path / "checkpoint" / "unet_best.pth").unlink(missing_ok=True)
 
 
 def test_another_number_of_processes_is_named(trained, scenes, tmp_path, call):
