@@ -19,7 +19,7 @@ OUTSIDE = {
     r"DataLoader worker|shared memory|</torch_|ConnectionResetError":
         "a process that loads data was lost, perhaps for too little memory or /dev/shm; lower --workers",
     r"MemoryError|out of memory|(can't|annot|nable to|ailed to) allocate|bad_alloc|ALLOC_FAILED|calculation overflowed|"
-    r"failed to map segment|start new thread":
+    r"failed to map segment|start new thread|could not (create|execute) a primitive":
         "out of memory; lower --batch_size, --crop_size, --width, --tile or --workers",
     r"Connection (closed|reset) by peer": "another process of this run has ended"}
 
