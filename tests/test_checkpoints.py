@@ -270,7 +270,7 @@ def start(checkpoint, *flags, at=None, nth=0):
             print(what, file=open("kills", "a"), flush=True)
             os.truncate(path, os.path.getsize(path) // (2 if what == "torn" else 1))
             os.kill(os.getpid(), signal.SIGKILL)
-    torch.save = lambda state, path: (save(state, path), reach("torn", path))
+    torch.save = lambda state, file: (save(state, file), file.flush(), reach("torn", file.name))
     os.replace = lambda path, to: (reach("before", path), replace(path, to), reach("after", to))
     os._exit(run_command(train.main, train.get_args_parser()))
 
