@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from support.command import UserError
+from support.command import UserError, printable
 
 Color = tuple[int, int, int]
 UNKNOWN = 255  # marks a pixel whose colour or id is in no class; class ids end at 254
@@ -61,7 +61,7 @@ class ClassSet:
 
     @classmethod
     def from_dict(cls, data: dict) -> "ClassSet":
-        return cls(tuple(data["names"]), tuple(map(tuple, data["colors"])), data["ignore_index"])
+        return cls(tuple(map(printable, data["names"])), tuple(map(tuple, data["colors"])), data["ignore_index"])
 
     @classmethod
     def numbered(cls, count: int | None) -> "ClassSet":

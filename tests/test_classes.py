@@ -50,6 +50,8 @@ def test_colors_become_ids_and_back(classes):
     assert type(data["colors"][0]) is list and {type(value) for value in data.values()} <= {list, int, type(None)}
     again = ClassSet.from_dict(data)
     assert again == ClassSet(classes.names, classes.colors, classes.ignore_index) and hash(again) is not None
+    forged = ClassSet.from_dict(data | {"names": ["road\nerror: \x1b[2J", *classes.names[1:]]})
+    assert forged.names[0] == r"road\nerror: \x1b[2J"  # what it prints stays one line
 
 
 @pytest.mark.parametrize("text", [
