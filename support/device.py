@@ -90,6 +90,6 @@ def default_workers(device: torch.device) -> int:
 def init_worker(worker_id: int) -> None:
     """For data loader processes: leave signals to the main process, which ends its workers, and use one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # SIGTERM may mean all processes, or be that end, which Python waits for at its own
+    if hasattr(signal, "alarm"):  # SIGTERM may go to all processes, or end this one alone: leave the main one time
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 """What several test files share: the specification's colours, generated scenes, real images, ways to run commands."""
+import contextlib
 import csv
 import importlib
 import multiprocessing
@@ -119,6 +120,19 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def limited(kind: str, most: int):
+    """Let this process have at most so much of a resource: "AS", its memory, or "FSIZE", the size of a file."""
+    import resource  # which Windows has not
+    number = getattr(resource, f"RLIMIT_{kind}")
+    before = resource.getrlimit(number)
+    try:
+        resource.setrlimit(number, (most, before[1]))
+        yield
+    finally:
+        resource.setrlimit(number, before)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The one way to write: whole, over files alone, under names that nobody can guess, and one run a folder."""
 import errno
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL
+from conftest import REPO, SMALL, limited
 
 from inference.video import write_video
 from support import files
@@ -94,13 +93,9 @@ def test_where_a_file_system_has_no_locks_a_folder_is_used_with_a_warning(tmp_pa
 def test_a_video_on_a_full_disk_is_a_failure(tmp_path, share):
     frames, path = np.random.default_rng(0).integers(0, 256, (9, 72, 96, 3), dtype=np.uint8), tmp_path / "out.mp4"
     assert write_video(path, iter(frames), (72, 96), 25) == 9
-    whole, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(whole)), before[1]))
-        with pytest.raises(RunError, match=r"out.mp4: cannot be written"):
-            write_video(path, iter(frames), (72, 96), 25)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    whole = path.read_bytes()
+    with limited("FSIZE", int(share * len(whole))), pytest.raises(RunError, match=r"out.mp4: cannot be written"):
+        write_video(path, iter(frames), (72, 96), 25)
     assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == whole
 
 
@@ -113,13 +108,8 @@ def test_a_checkpoint_that_is_not_written_says_why(tmp_path, monkeypatch, limit,
         raise RuntimeError("DataLoader worker is killed")
 
     monkeypatch.setattr(torch, "save", save)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        with pytest.raises(error, match=said):
-            save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(1000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with limited("FSIZE", limit), pytest.raises(error, match=said):
+        save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(1000)})
     assert not os.listdir(tmp_path)
 
 

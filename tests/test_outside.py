@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL, load
+from conftest import REPO, SMALL, limited, load
 from PIL import Image
 
 from datasets.camvid import CamVidDataset
@@ -89,13 +89,10 @@ def test_a_process_that_a_loader_forgot_delays_the_end_but_does_not_prevent_it()
 
 def test_too_little_memory_is_one_line(scenes, trained, tmp_path, call):
     Image.new("RGB", (4000, 3000)).save(tmp_path / "large.png")
-    before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300_000_000, before[1]))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited("AS", pages * resource.getpagesize() + 300_000_000):
         status, _, err = call("predict.py", "--image_dir", "large.png", "--tile", 9999, "--max_side", 0, "--device",
                               "cpu", "--checkpoint", trained / "checkpoint" / "unet_best.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
     assert status == 1 and err.count("\n") == 1 and "out of memory; lower" in err
     assert not (tmp_path / "predictions").exists()
 
