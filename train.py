@@ -26,7 +26,7 @@ from datasets.check import SplitReport, add_data_flags, check_data, class_line, 
 from datasets.classes import ClassSet
 from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
-from inference.predictor import Predictor, fitting_batch, fold_batch_norm
+from inference.predictor import Predictor, fitting_batch, fitting_tile, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from metric import SegmentationMetric
 from model import MODEL_NAMES, build_model
@@ -207,7 +207,7 @@ def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: Clas
         val_loader: Any, loss_fn: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Train to the last epoch; after each, print its figures, save it and draw it. The loaders: of `build_loaders`."""
     predictor = Predictor(copy.deepcopy(state.ema.module), classes.ignore_index, **config["normalize"], device=device,
-                          amp_dtype=amp_dtype, max_side=config["max_side"])
+                          amp_dtype=amp_dtype, max_side=config["max_side"], tile=fitting_tile(len(classes)))
     metric = SegmentationMetric(len(classes), classes.void_id)
     monitor = Monitor(files, val_loader.dataset, classes, predictor, args.tensorboard and is_main_process(),
                       first_epoch=state.epoch + 1)

@@ -1,4 +1,5 @@
 """From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -46,7 +47,7 @@ class Predictor:
 
     mean, std: of the channels of images in 0 … 1, for `prepare`.
     max_side: `prepare` shrinks images whose longer side exceeds this many pixels to it, keeping their shape; 0: never.
-    tile: images larger than this many pixels on a side go through in overlapping tiles.
+    tile: images larger than this many pixels on a side go through in overlapping tiles; see `fitting_tile`.
     tta: a key of TTA, whose views' probabilities are averaged.
     """
 
@@ -69,32 +70,40 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids.
-
-        Of large images only a tile is in memory as floats and probabilities.
-        """
+        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids."""
         size = images[0].shape[:2]
-        if limited_size(size, self.max_side) != size:
-            return most_probable(self.probabilities(self.prepare(images)), size).cpu().numpy()
+        if limited_size(size, self.max_side) == size:  # of large images only a tile is in memory as floats
+            parts = self._tiles(size, lambda window: self.prepare([image[window] for image in images]))
+        else:
+            parts = self.parts(self.prepare(images), size)
         ids = np.empty((len(images), *size), np.uint8)
-        for part, prob in self._tiles(size, lambda window: self.prepare([image[window] for image in images])):
+        for part, prob in parts:
             ids[:, *part] = most_probable(prob).cpu().numpy()
         return ids
 
-    def __call__(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(N, 3, H, W) float32 normalised -> (N, H, W) uint8 class ids, or (N, *size)."""
-        return most_probable(self.probabilities(images), size)
+    @torch.inference_mode()
+    def parts(self, images: Tensor, size: tuple[int, int]) -> Iterator[tuple[Window, Tensor]]:
+        """(N, 3, H, W) float32 normalised -> (rows and columns of a part, its probabilities (N, C, h, w)) of every part
+        of the images at ``size``: all classes of a large photograph would not fit in memory.
+        """
+        if size == images.shape[-2:]:
+            yield from self._tiles(size, lambda window: images[..., *window])
+            return
+        height, width = size
+        tall = _resize(self.probabilities(images), (height, images.shape[-1]))
+        rows = max(1, self.tile ** 2 // width)
+        for top in range(0, height, rows):
+            strip = tall[..., top:top + rows, :]
+            yield (slice(top, top + rows), slice(width)), _resize(strip, (strip.shape[2], width))
 
     @torch.inference_mode()
-    def probabilities(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C, or (N, C, *size)."""
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C."""
         whole: Any = None
         for part, prob in self._tiles(images.shape[-2:], lambda window: images[..., *window]):
-            if prob.shape[-2:] == images.shape[-2:]:
-                return _resize(prob, size or images.shape[-2:])
             whole = prob.new_empty(*prob.shape[:2], *images.shape[-2:]) if whole is None else whole
             whole[..., *part] = prob
-        return _resize(whole, size or images.shape[-2:])
+        return whole
 
     def _tiles(self, size: Sequence[int], read: Callable[[Window], Tensor]) -> Iterator[tuple[Window, Tensor]]:
         """(rows and columns of a part, its probabilities (N, C, h, w)) of every part of images of that size.
@@ -134,14 +143,9 @@ class Predictor:
         return logits.softmax(1)
 
 
-def most_probable(prob: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """(N, C, H, W) -> (N, H, W) uint8 class ids, or (N, *size): those of the probabilities at that size."""
-    height, width = size or prob.shape[-2:]
-    tall = _resize(prob, (height, prob.shape[-1]))
-    # Then a few rows at a time at full width: all classes of a large photograph would not fit in memory.
-    strips = tall.split(max(1, TILE ** 2 // width), dim=2)
-    # Not argmax, which takes six times as long on the CPU.
-    return torch.cat([_resize(strip, (strip.shape[2], width)).max(1).indices.to(torch.uint8) for strip in strips], 1)
+def most_probable(prob: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H, W) uint8 class ids."""
+    return prob.max(1).indices.to(torch.uint8)  # not argmax, which takes six times as long on the CPU
 
 
 def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
@@ -196,6 +200,11 @@ def fitting_batch(batch_size: int, sizes: Collection[tuple[int, int]], num_class
     return max(1, min(batch_size, MAX_PROBABILITIES // (num_classes * height * width)))
 
 
+def fitting_tile(num_classes: int) -> int:
+    """The side of tiles of which MAX_PROBABILITIES allow all classes; TILE at most."""
+    return min(TILE, math.isqrt(MAX_PROBABILITIES // num_classes))
+
+
 def add_inference_flags(parser: Parser) -> None:
     """The flags of every command that runs a trained network."""
     add = parser.add_argument_group("network").add_argument
@@ -203,7 +212,8 @@ def add_inference_flags(parser: Parser) -> None:
     add("--tta", choices=TTA, default="none", help="test-time augmentation: average over mirrored and resized views")
     add("--max_side", type=number(int, 0), metavar="PX", help="shrink longer images to it before the network, and "
         "enlarge the result; 0: never; by default as in training")
-    add("--tile", type=number(int, 64), default=TILE, metavar="PX", help="larger images go in overlapping tiles")
+    add("--tile", type=number(int, 64), metavar="PX", help=f"larger images go in overlapping tiles; by default {TILE}, "
+        "and smaller ones for more than 69 classes")
     add("--batch_size", type=number(int, 1), default=4, help="images of one size at a time")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="mixed precision; auto: on CUDA, "

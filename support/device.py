@@ -31,6 +31,7 @@ def keep_freed_memory() -> None:
     """Let glibc reuse what tensors free: fresh pages, cleared by the kernel, cost a fifth of a CPU training step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread freed is for all, a decoded photograph above all
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: memory goes back to the kernel at the end only
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL, finish, load, opened, start, wait_for
+from PIL import Image
 
 import train
+from support.images import open_image
+from training.checkpoints import SHIPPED
 from training.engine import NonFiniteLoss
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and links as on POSIX systems")
@@ -178,6 +181,19 @@ def test_prediction_of_many_files_stays_flat_and_goes_on_where_it_was_killed(tra
     masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*_mask.png")}
     assert len(masks) == MANY and there.items() <= masks.items() and not list(tmp_path.glob("out/.unfinished*"))
     assert len(memory) > 10 and max(memory) < memory[0] + 10e6
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_photograph_of_88_megapixels_takes_less_than_two_gigabytes(tmp_path):
+    image = Image.linear_gradient("L").resize((11_000, 8_000)).convert("RGBA")
+    image.save(tmp_path / "photo.png", compress_level=1)
+    process = start("predict.py", "--image_dir", "photo.png", "--save_dir", "out", "--checkpoint", SHIPPED,
+                    cwd=tmp_path)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0 and usage.ru_maxrss * 1024 < 2e9  # counted in KiB
+    assert open_image(tmp_path / "out" / "photo_overlay.png").size == image.size
+    finish(process)
 
 
 MEASURE = """

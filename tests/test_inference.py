@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from inference.predictor import Predictor, fitting_batch, fold_batch_norm, predict_stream, tile_spans
+from inference.predictor import Predictor, fitting_batch, fitting_tile, fold_batch_norm, predict_stream, tile_spans
 from model import MODEL_NAMES, build_model
 from training.checkpoints import SHIPPED, load_predictor
 
@@ -44,9 +44,8 @@ def test_probabilities_are_the_softmax_over_all_but_the_ignored_class(ignore_ind
     rest = [i for i in range(5) if i != ignore_index]
     expected = torch.zeros_like(logits)
     expected[:, rest] = logits[:, rest].softmax(1)
-    predict = predictor(model.train(), ignore_index)  # a network left in training mode is evaluated
-    torch.testing.assert_close(predict.probabilities(images), expected)
-    assert predict(images).dtype == torch.uint8 and torch.equal(predict(images).long(), expected.argmax(1))
+    prob = predictor(model.train(), ignore_index).probabilities(images)  # left in training mode, it is evaluated
+    torch.testing.assert_close(prob, expected)
 
 
 @pytest.mark.parametrize("tile", [64, 70, 960])
@@ -103,8 +102,12 @@ def test_images_longer_than_max_side_are_shrunk_and_the_result_enlarged(size, se
 def test_ids_are_the_most_probable_classes(size, max_side, tta):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     predict = predictor(random_network(), tile=64, tta=tta, max_side=max_side)
-    prob = predict.probabilities(predict.prepare([image]), size)
-    assert torch.all(prob.sum(1).sub(1).abs() < 1e-5)
+    batch = predict.prepare([image])
+    prob = F.interpolate(predict.probabilities(batch), size, mode="bilinear")
+    for part, some in predict.parts(batch, size):
+        torch.testing.assert_close(some, prob[..., *part], rtol=0, atol=1e-5)
+        prob[..., *part] += 1  # each pixel once
+    assert torch.all(prob.sum(1).sub(6).abs() < 1e-4)
     assert (predict.predict([image])[0] != prob.argmax(1)[0].numpy()).mean() < 1e-4
 
 
@@ -112,6 +115,7 @@ def test_ids_are_the_most_probable_classes(size, max_side, tta):
     ([(360, 480)], 12, 4), ([(720, 960)], 12, 4), ([(720, 960)], 255, 1), ([(360, 480), (480, 360)], 12, 1)])
 def test_evaluation_takes_as_many_images_at_once_as_memory_allows(sizes, classes, expected):
     assert fitting_batch(4, sizes, classes) == expected
+    assert fitting_tile(classes) == (960 if classes == 12 else 500)
 
 
 def test_stream_batches_images_of_one_size_and_no_more_pixels_than_a_tile():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from datasets.classes import ClassSet
-from inference.predictor import Predictor, fold_batch_norm
+from inference.predictor import Predictor, fitting_tile, fold_batch_norm
 from support.command import UserError, one_line
 from support.files import atomic_path
 from training.schema import CHECKPOINT, FORMAT, check, check_checkpoint, describe_network
@@ -114,15 +114,16 @@ def load_model(path: Path) -> tuple[nn.Module, ClassSet, dict]:
     return model.eval(), ClassSet.from_dict(classes), config
 
 
-def load_predictor(path: Path, max_side: int | None = None, **options) -> tuple[Predictor, ClassSet, dict]:
+def load_predictor(path: Path, max_side: int | None = None, tile: int | None = None,
+                   **options) -> tuple[Predictor, ClassSet, dict]:
     """A Predictor with a checkpoint's network, its classes and config. options: those of Predictor.
 
-    max_side: where it is None, that of the training. Raises UserError as `load_model` does.
+    max_side, tile: None takes that of the training, and `fitting_tile`. Raises UserError as `load_model` does.
     """
     model, classes, config = load_model(path)
     max_side = config["max_side"] if max_side is None else max_side
     return Predictor(fold_batch_norm(model), classes.ignore_index, **config["normalize"], max_side=max_side,
-                     **options), classes, config
+                     tile=tile or fitting_tile(len(classes)), **options), classes, config
 
 
 def release(source: Path, target: Path) -> None:

@@ -87,14 +87,14 @@ def validate(predictor: Predictor, loader: DataLoader, metric: SegmentationMetri
     loss = torch.zeros((), device=predictor.device)
     for images, masks in progress(loader, desc="val", unit="batch"):
         masks = masks.to(predictor.device, non_blocking=True)
-        prob = predictor.probabilities(images, masks.shape[-2:])  # (N, C, H', W')
-        ids = most_probable(prob)
+        ids = torch.empty_like(masks, dtype=torch.uint8)
+        for part, prob in predictor.parts(images, masks.shape[-2:]):
+            ids[:, *part], mask = most_probable(prob), masks[:, *part]
+            labelled = mask != ignore_index
+            of_mask = prob.gather(1, torch.where(labelled, mask, 0).unsqueeze(1)).squeeze(1)
+            loss -= (of_mask.clamp_min(1e-8).log() * labelled).sum()
         metric.update(ids, masks)
         on_batch(ids)
-        labelled = masks != ignore_index
-        of_mask = prob.gather(1, torch.where(labelled, masks, 0).unsqueeze(1)).squeeze(1)
-        loss -= (of_mask.clamp_min(1e-8).log() * labelled).sum()
-        del prob  # before the next one is made: with 255 classes it has most of a gigabyte
     metric.counts, loss = sum_over_processes(metric.counts), sum_over_processes(loss)
     if not loss.isfinite():
         raise NonFiniteLoss

@@ -49,8 +49,7 @@ class Monitor:
     def save_panel(self, epoch: int) -> None:
         """Draw the first, the middle and the last validation image with mask and prediction."""
         frames = [self.val_set.read(i) for i in sorted({0, len(self.val_set) // 2, len(self.val_set) - 1})]
-        rows = [(image, mask, self.predictor(self.predictor.prepare([image]), mask.shape)[0].cpu().numpy())
-                for image, mask in frames]
+        rows = [(image, mask, self.predictor.predict([image])[0]) for image, mask in frames]
         panel = panel_image(rows, self.classes)
         write_file(self.files.path("panel.png"), panel.save)
         if self.writer:
