@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=DefaultsFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for before, word in pairwise(["a value", *(sys.argv[1:] if args is None else args)]):
+            if not word or re.fullmatch(r"--\w+=", word):  # a path would be the folder we are in
+                self.error(f"{word.rstrip('=') or before} is empty, perhaps an unset variable")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")

@@ -144,7 +144,7 @@ def test_flags(call, tmp_path, scenes, command, flag, text):
     ("train.py DATA --resume auto --data_name camvid32", "other classes"),
     ("train.py DATA --resume a.pth --init_from a.pth", "give one of them"),
     ("train.py DATA --resume best.pth", "best.pth: cannot be resumed, it holds weights alone"),
-    ("train.py DATA --resume=", "--resume is empty"),
+    ("train.py DATA --resume=", "--resume is empty"), ("predict.py IMAGES --save_dir EMPTY", "--save_dir is empty"),
     ("train.py DATA --init_from checkpoint/unet_best.pth --width 6", "unet_best.pth: holds a unet of width 4"),
     ("evaluate.py DATA --data_name camvid32", "12 classes"),
     ("datasets.check DATA --label_format ids --num_classes 256", "2 to 255"),
@@ -170,6 +170,7 @@ def test_mistakes_change_nothing(call, trained, scenes, tmp_path, typed, said):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(trained / "checkpoint" / "unet_best.pth", trained / "best.pth")
     typed = typed.replace("DATA", "--data_root SCENES").replace("IMAGES", "--image_dir SCENES/val")
-    command, *flags = (word.replace("SCENES", str(scenes)).replace("TMP", str(tmp_path)) for word in typed.split())
+    command, *flags = (word.replace("SCENES", str(scenes)).replace("TMP", str(tmp_path)).replace("EMPTY", "")
+                       for word in typed.split())
     status, out, err = call(command, *(SMALL if command == "train.py" else ()), *flags, cwd=trained)
     assert status == 2 and said in err

@@ -119,8 +119,6 @@ def resumed_file(resume: str | None, last: Path) -> Path | None:
 
     last: the one in --checkpoint.
     """
-    if resume == "":
-        raise UserError("--resume is empty, perhaps an unset variable; give a file, or auto")
     if resume in (None, "auto"):
         return last if resume and last.is_file() else None
     path = Path(resume)
