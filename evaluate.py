@@ -7,7 +7,6 @@
 from support.command import Parser, UserError, number, run_command  # isort: split
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from datasets.classes import ClassSet
 from datasets.transforms import eval_transform
 from inference.predictor import add_inference_flags, fitting_batch
 from metric import SegmentationMetric, score_table
-from output.report import Report
+from output.report import Report, plain
 from support.device import default_workers, init_worker, select_amp_dtype, select_device
 from support.files import make_folder, write_file
 from training.checkpoints import default_checkpoint, load_predictor
@@ -48,7 +47,7 @@ def data_classes(args, trained: ClassSet, flags: dict) -> ClassSet:
         if getattr(args, key) in (None, "auto") and flags.get(key) is not None:
             setattr(args, key, flags[key])
     classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
-    if classes.to_dict() != trained.to_dict():
+    if (classes.names, classes.ignore_index) != (trained.names, trained.ignore_index):
         raise UserError(f"{args.checkpoint}: was trained on {len(trained)} classes ({', '.join(trained.names)}), "
                         f"{args.data_root} has {len(classes)} ({', '.join(classes.names)})")
     return classes
@@ -56,8 +55,6 @@ def data_classes(args, trained: ClassSet, flags: dict) -> ClassSet:
 
 def metrics_dict(scores: dict, matrix: np.ndarray, classes: ClassSet, images: int) -> dict:
     """The scores and the (C, C) confusion matrix as plain JSON types, without the ignored class; undefined is null."""
-    def plain(value: float) -> float | None:
-        return None if math.isnan(value) else float(value)
     scored = classes.scored
     overall = {key: plain(scores[key]) for key in ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1")}
     per_class = [{"id": i, "name": classes.names[i], "pixels": int(scores["pixels"][i]),
@@ -75,8 +72,8 @@ def main(args) -> int:
     checked = check_data(args.data_root, [args.split], classes, args.label_format, args.val_percent)[args.split]
     if checked.stray:
         print(stray_line(checked))
-    dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(), args.label_format,
-                            predictor.max_side, native_masks=True, val_percent=args.val_percent)
+    dataset = CamVidDataset(args.data_root, args.split, classes, eval_transform(**config["normalize"]),
+                            args.label_format, predictor.max_side, native_masks=True, val_percent=args.val_percent)
     workers = default_workers(device) if args.workers is None else args.workers
     loader = DataLoader(dataset, fitting_batch(args.batch_size, checked.sizes, len(classes)), num_workers=workers,
                         pin_memory=device.type == "cuda", worker_init_fn=init_worker)

@@ -71,7 +71,7 @@ def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> None
                                     input_names=[name], output_names=[output],
                                     dynamic_shapes=({axis: torch.export.Dim(side, min=1, max=1 << 15)
                                                      for axis, side in dynamic.items()},))
-    written = program.model_proto  # type: ignore[union-attr]  # None only where an exporter of old is asked for
+    written = program.model_proto  # type: ignore[union-attr]  # None only without dynamo
     onnx.helper.set_model_props(written, metadata)
     onnx.save(written, path)
 

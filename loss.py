@@ -69,7 +69,7 @@ def class_weights(kind: str, pixels: Tensor, ignore_index: int | None = None) ->
         return None
     if kind not in ("log", "mild"):
         raise ValueError(f"no class weights are called {kind}; choose none, log or mild")
-    scored = torch.arange(len(pixels)) != (-1 if ignore_index is None else ignore_index)
+    scored = torch.arange(len(pixels), device=pixels.device) != (-1 if ignore_index is None else ignore_index)
     pixels = pixels.double() * scored
     share = pixels / pixels.sum().clamp_min(1)
     weight = 1 / torch.log((1.02 if kind == "log" else 1.1) + share)

@@ -37,7 +37,8 @@ class SegmentationMetric:
             raise ValueError(f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
         if pred.is_floating_point() or mask.is_floating_point():
             raise ValueError("predictions and masks must be integer class ids, not scores")
-        mask = mask.to(pred.device)
+        exact = self.num_classes < 256 and self.ignore_index in (None, *range(256))  # else uint8 would wrap around
+        pred, mask = (ids if exact and ids.dtype == torch.uint8 else ids.long() for ids in (pred, mask.to(pred.device)))
         rows, columns = self._shifted(mask), self._shifted(pred)
         if self.ignore_index is not None and not self.ignores_a_class:
             rows.masked_fill_(mask == self.ignore_index, self.num_classes + 2)

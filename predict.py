@@ -177,6 +177,8 @@ def run(args) -> int:
         raise UserError("--image_dir PATH is needed: a folder of images, one file, or a pattern (or try --demo)")
     if args.demo and not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: there is no demo model yet; run: python train.py --demo")
+    if args.report and args.skip_existing:
+        raise UserError("--report shows all images, --skip_existing predicts some; give one of them")
     images, left_out = find_images(args.image_dir)
     video = images[0] if images[0].suffix.lower() in VIDEO_SUFFIXES else None
     if video and (args.report or not args.overlay):

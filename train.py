@@ -83,9 +83,8 @@ def resolve_flags(args) -> tuple[RunFiles, dict | None]:
     """
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with train/ and train_labels/ (or try --demo)")
-    if args.init_from and args.resume not in (None, "auto"):
-        raise UserError("--resume restores everything, --init_from the weights alone; give one of them")
-    checkpoint = load_checkpoint(args.init_from) if args.init_from else None
+    # A file that is named in --resume restores everything; that of --init_from may have been moved aside since.
+    checkpoint = load_checkpoint(args.init_from) if args.init_from and args.resume in (None, "auto") else None
     if checkpoint:
         model = checkpoint["config"]["model"]
         described = {"model": model["name"], "width": model["options"]["width"]}
@@ -104,15 +103,16 @@ def resolve_flags(args) -> tuple[RunFiles, dict | None]:
     return RunFiles(args.checkpoint, args.model), checkpoint
 
 
-def build_loaders(args, classes: ClassSet, sizes: Collection, device: torch.device) -> tuple[DataLoader, DataLoader]:
+def build_loaders(args, classes: ClassSet, sizes: Collection, max_side: int,
+                  device: torch.device) -> tuple[DataLoader, DataLoader]:
     """The training loader, with its EpochSampler, and the validation loader. sizes: (H, W) of validation images."""
     workers = default_workers(device) if args.workers is None else args.workers
     common: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0,
                               "pin_memory": device.type == "cuda", "worker_init_fn": init_worker}
     transform = train_transform(args.crop_size, classes.void_id, args.scale, args.jitter)
-    train_set = CamVidDataset(args.data_root, "train", classes, transform, args.label_format, args.max_side or 0,
+    train_set = CamVidDataset(args.data_root, "train", classes, transform, args.label_format, max_side,
                               val_percent=args.val_percent)
-    val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, args.max_side or 0,
+    val_set = CamVidDataset(args.data_root, "val", classes, eval_transform(), args.label_format, max_side,
                             native_masks=True, val_percent=args.val_percent)
     sampler = EpochSampler(len(train_set), args.seed, distributed.rank(), distributed.world_size())
     val_batch = fitting_batch(min(4, args.batch_size), sizes, len(classes))
@@ -175,9 +175,9 @@ def run(args) -> None:
             generate_dataset(args.data_root, DEMO_SCENES, DEMO_SIZE)
         classes = find_classes(args.data_root, args.data_name, args.label_format, args.num_classes)
         reports = check_data(args.data_root, ["train", "val"], classes, args.label_format, args.val_percent)
-        train_loader, val_loader = build_loaders(args, classes, reports["val"].sizes, device)
+        config = describe(args, classes, reports)
+        train_loader, val_loader = build_loaders(args, classes, reports["val"].sizes, config["max_side"], device)
     state = build_state(args, classes, checkpoint, device, amp_dtype, len(train_loader))
-    config = describe(args, classes, reports)
     begin(args, files, state, config, checkpoint)
     del checkpoint  # its memory
     for report in reports.values():
@@ -206,6 +206,7 @@ def run(args) -> None:
 def fit(args, state: TrainingState, config: dict, files: RunFiles, classes: ClassSet, train_loader: Any,
         val_loader: Any, loss_fn: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Train to the last epoch; after each, print its figures, save it and draw it. The loaders: of `build_loaders`."""
+    # A copy, whose memory format the Predictor changes; each validation gives it that epoch's.
     predictor = Predictor(copy.deepcopy(state.ema.module), classes.ignore_index, **config["normalize"], device=device,
                           amp_dtype=amp_dtype, max_side=config["max_side"], tile=fitting_tile(len(classes)))
     metric = SegmentationMetric(len(classes), classes.void_id)

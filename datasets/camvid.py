@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from datasets.classes import CAMVID, CAMVID32, UNKNOWN, ClassSet
 from support.command import UserError, printable, progress
@@ -55,7 +54,7 @@ def find_folders(root: Path, split: str) -> tuple[Path, Path]:
     if unsplit and split in ("train", "val") and not images.is_dir():
         return Path(root, unsplit[0][0]), Path(root, unsplit[0][1])
     if not images.is_dir() or labels.is_dir() == annot.is_dir():
-        needed = f"needs the folders {split} and either {split}_labels or {split}annot"
+        needed = f"needs the folders {split} and either {split}_labels or {split}annot, not both"
         raise UserError(f"{root}: {needed if Path(root).is_dir() else 'no such folder'}")
     return images, labels if labels.is_dir() else annot
 
@@ -95,14 +94,14 @@ def find_split(root: Path, split: str, val_percent: float | None = None) -> tupl
 
 
 def held_out(stems: list[str], percent: float) -> set[str]:
-    """The names of ``percent`` of the images, or a little more: the smallest groups whose names differ only in the
-    number at their end, because neighbouring frames of a video are nearly equal. Of a single group its last images.
+    """The names of at least ``percent`` of the images: the smallest groups whose names differ only in the number at
+    their end, whole, because neighbouring frames of a video are nearly equal. Of a single group its last images.
     """
     wanted, groups = max(1, round(len(stems) * percent / 100)), dict[str, list[str]]()
     for stem in sorted(stems):
         groups.setdefault(stem.rstrip("0123456789"), []).append(stem)
     if len(groups) == 1:
-        return set(sorted(stems)[-wanted:])
+        return set(sorted(stems, key=lambda stem: (len(stem), stem))[-wanted:])  # frame10 after frame9
     held: set[str] = set()
     for group in sorted(groups.values(), key=len)[:-1]:
         if len(held) < wanted:
@@ -199,26 +198,17 @@ class CamVidDataset(Dataset):
         return sample["image"], sample["mask"].long()
 
 
-class EpochSampler(Sampler):
+class EpochSampler(DistributedSampler):
     """(index, seed of its transform) of every sample once, in an order that depends on ``seed`` and ``epoch`` alone.
 
     A resumed run therefore sees the same samples as an uninterrupted one, with any number of data loader workers.
-    Of ``processes`` the one of ``rank`` takes every processes-th sample. All get equally many: the order starts again
-    at its end to fill the last round.
+    Of ``processes`` the one of ``rank`` takes every processes-th sample, as torch's own sampler has it.
     """
 
     def __init__(self, size: int, seed: int = 0, rank: int = 0, processes: int = 1):
-        self.size, self.seed, self.rank, self.processes, self.epoch = size, seed, rank, processes, 0
-
-    def __len__(self) -> int:
-        return -(-self.size // self.processes)
-
-    def order(self) -> list[int]:
-        """The indices of the current epoch in their order, for all processes."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        return (order * self.processes)[:len(self) * self.processes]
+        # It asks the dataset for its length alone, and adds the epoch to the seed.
+        super().__init__(range(size), processes, rank, seed=seed * 1_000_003)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in self.order()[self.rank::self.processes]:
-            yield index, hash((self.seed, self.epoch, index)) & 0xFFFFFFFF
+        for index in super().__iter__():
+            yield index, hash((self.seed // 1_000_003, self.epoch, index)) & 0xFFFFFFFF

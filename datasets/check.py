@@ -199,7 +199,8 @@ def main(args) -> int:
     splits = [split for split in ("train", "val", "test")
               if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
     if not splits:
-        splits, _ = ["train", "val"], camvid.find_folders(root, "train")
+        camvid.find_folders(root, "train")  # raises if there is no folder without splits either
+        splits = ["train", "val"]
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")

@@ -8,6 +8,7 @@ scores on it are too high. Here both copies get the literature's split: 367, 101
 """
 from support.command import Parser, RunError, UserError, one_line, progress, run_command  # isort: split
 
+import os
 import shutil
 import urllib.request
 import zipfile
@@ -81,8 +82,8 @@ def main(args) -> None:
         archive, downloaded = Path(args.source), root / "archive.zip"
         if "://" in args.source:
             archive = fetch(args.source, downloaded)
-        elif not archive.is_file():
-            raise UserError(f"--from {archive}: no such file")
+        elif not (archive.is_file() and os.access(archive, os.R_OK)):
+            raise UserError(f"--from {archive}: no such file, or none that may be read")
         try:
             unpack(archive, root)
             reports = check_data(root, list(COUNTS), CAMVID)

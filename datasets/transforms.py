@@ -1,6 +1,7 @@
 """From an image and mask as read to tensors: with augmentation for training, without for evaluation."""
 import math
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
 
@@ -50,6 +51,6 @@ def appearance(jitter: float) -> list[A.ImageOnlyTransform]:
             A.ImageCompression("jpeg", (40, 95), p=0.2)]
 
 
-def eval_transform() -> A.Compose:
+def eval_transform(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> A.Compose:
     """Normalisation alone: (H, W, 3) uint8, (H', W') uint8 -> (3, H, W) float32, (H', W') uint8."""
-    return A.Compose([A.Normalize(IMAGENET_MEAN, IMAGENET_STD), A.ToTensorV2()], is_check_shapes=False)
+    return A.Compose([A.Normalize(mean, std), A.ToTensorV2()], is_check_shapes=False)

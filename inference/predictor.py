@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from support.command import Parser, number
+from support.command import Parser, RunError, number
 from support.device import autocast
 from support.images import limited_size, shrink
 
@@ -28,7 +28,7 @@ TTA = {
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Multiply every batch norm into the convolution registered just before it, in place, for inference alone.
 
-    The modules must run in the order in which they are registered, as those of `model.py` do.
+    The modules must run in the order in which they are registered, as those of `model.py` do: else the result is wrong.
     """
     module.eval()
     previous, conv = "", None
@@ -70,7 +70,7 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids."""
+        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids. Raises RunError if these overflow."""
         size = images[0].shape[:2]
         if limited_size(size, self.max_side) == size:  # of large images only a tile is in memory as floats
             parts = self._tiles(size, lambda window: self.prepare([image[window] for image in images]))
@@ -78,6 +78,8 @@ class Predictor:
             parts = self.parts(self.prepare(images), size)
         ids = np.empty((len(images), *size), np.uint8)
         for part, prob in parts:
+            if prob[:, 0].isnan().any():  # softmax spreads it over all classes of its pixel
+                raise RunError("the network's outputs are NaN or infinite; try --amp off, or retrain it")
             ids[:, *part] = most_probable(prob).cpu().numpy()
         return ids
 

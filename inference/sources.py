@@ -35,8 +35,11 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
              if not name.name.startswith(".")]
     images = sorted(name for name in names if name.suffix.lower() in IMAGE_SUFFIXES)
     kinds = Counter(name.suffix.lower() for name in names)
+    known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *UNREADABLE)
+    other = [name for name in patterns if Path(name).is_file() and Path(name).suffix.lower() not in known]
     left = [*(f"{kinds[kind]} {kind} (give a video by its name)" for kind in VIDEO_SUFFIXES if kinds[kind]),
             *(f"{kinds[kind]} {kind} (not read; convert to JPEG or PNG)" for kind in UNREADABLE if kinds[kind]),
+            *(f"{name} (of an unknown kind; give it alone)" for name in other[:3]),
             *(f"{count} images in subfolders (give '{path}/**')" for path, count in deeper.items() if count)]
     line = f"left out: {', '.join(left)}" if left else ""
     if not images:

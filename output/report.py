@@ -42,8 +42,8 @@ class Report:
             errors.putpalette([0, 0, 0, 230, 0, 0])  # red
             card |= {"mask": _data_url(mask_image(mask, self.classes), size, bits=self.bits),
                      "errors": _data_url(errors, size, transparency=0, bits=1),
-                     "miou": _plain(scores["miou"]), "accuracy": _plain(scores["pixel_accuracy"]),
-                     "iou": [_plain(scores["iou"][i]) for i in self.classes.scored]}
+                     "miou": plain(scores["miou"]), "accuracy": plain(scores["pixel_accuracy"]),
+                     "iou": [plain(scores["iou"][i]) for i in self.classes.scored]}
         self.cards.append(card)
 
     def write(self, folder: Path, title: str, metric: SegmentationMetric | None = None, pixels: Any = None) -> Path:
@@ -60,7 +60,7 @@ class Report:
             data["matrix"] = metric.confusion_matrix()[scored][:, scored].tolist()
             miou, accuracy, fwiou = (format_score(scores[key]) for key in ("miou", "pixel_accuracy", "fwiou"))
             data["headline"] += f", mIoU {miou}, pixel accuracy {accuracy}, frequency-weighted IoU {fwiou}"
-        data["classes"] = [{"name": self.classes.names[i], "color": self.classes.colors[i], column: _plain(values[i])}
+        data["classes"] = [{"name": self.classes.names[i], "color": self.classes.colors[i], column: plain(values[i])}
                            for i in scored]
         # A class or file may be called "</script>".
         text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
@@ -69,7 +69,7 @@ class Report:
         return folder / "index.html"
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 

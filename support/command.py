@@ -132,9 +132,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=DefaultsFormatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        for before, word in pairwise(["a value", *(sys.argv[1:] if args is None else args)]):
+        for before, word in pairwise(["the command", *(sys.argv[1:] if args is None else args)]):
             if not word or re.fullmatch(r"--\w+=", word):  # a path would be the folder we are in
-                self.error(f"{word.rstrip('=') or before} is empty, perhaps an unset variable")
+                self.error(f"{word.rstrip('=') or f'the value after {before}'} is empty, perhaps an unset variable")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):

@@ -82,7 +82,8 @@ def repeatable(deterministic: bool) -> None:
 
 def default_workers(device: torch.device) -> int:
     """How many processes load data: none where they would only take two CPU cores from the network."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared by torchrun's processes
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = given // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared by torchrun's processes
     if device.type == "cpu":
         return 2 if cores > 2 else 0
     return max(1, min(8, cores))

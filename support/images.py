@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.command import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")  # by content, whatever the name
 MAX_PIXELS = 200_000_000  # a gigabyte, decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns at 89 and raises at 179 megapixels
@@ -51,7 +51,8 @@ def read_image(path: Path) -> np.ndarray:
     Grey, palette, RGBA, CMYK and 16-bit files are converted. Raises UserError if it cannot be read.
     """
     image = open_image(path)
-    if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits, not scale them
+    # Of 16 bits, which convert("RGB") would clip, not scale.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise UserError(f"{path}: has 32 bits a pixel, whose range is unknown; save it with 8 or 16")

@@ -148,6 +148,7 @@ def test_a_sample_depends_on_index_and_seed_alone(scenes):
 
 @pytest.mark.parametrize("stems, percent, held", [
     ([f"a{i:03}" for i in range(20)], 10, {"a018", "a019"}),  # one video: its end
+    ([f"a{i}" for i in range(12)], 25, {"a9", "a10", "a11"}),
     ([f"{drive}_{i}" for drive in "abc" for i in range({"a": 50, "b": 6, "c": 40}[drive])], 5,
      {f"b_{i}" for i in range(6)}),
     ([f"{drive}_{i}" for drive in "abc" for i in range(30)], 40, {f"{drive}_{i}" for drive in "ab" for i in range(30)}),

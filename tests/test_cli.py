@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL, load, opened, rows
+from conftest import REPO, SMALL, load, opened, rows, save
+from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
@@ -224,6 +225,29 @@ def test_max_side_scores_and_predicts_at_the_masks_own_size(scenes, tmp_path, ca
     status, out, _ = call("predict.py", "--image_dir", scenes / "val")
     assert status == 0 and "2 of them at 64 pixels" in out
     assert {opened(path).size for path in (tmp_path / "predictions").glob("[!.]*")} == {(96, 72)}
+
+
+def test_evaluation_scores_what_training_scored_and_prediction_writes(scenes, tmp_path, call):
+    """With validation images larger than those of training, and a checkpoint of another normalisation."""
+    data, masks = tmp_path / "data", {}
+    shutil.copytree(scenes, data)
+    for path in [*data.glob("val*/*.png")]:
+        image = opened(path)
+        save(path, masks.setdefault(path.name, np.asarray(image.resize((192, 144), Image.Resampling.NEAREST))))
+    assert call("train.py", "--data_root", data, *SMALL)[0] == 0
+    best = load(tmp_path, "best")
+    scores = evaluate(call, tmp_path, "--data_root", data)
+    assert scores["miou"] == pytest.approx(best["scores"]["miou"], abs=1e-6) and best["config"]["max_side"] == 96
+    best["config"]["normalize"] = {"mean": [0.2, 0.3, 0.7], "std": [0.3, 0.3, 0.1]}
+    torch.save(best, tmp_path / "other.pth")
+    other = evaluate(call, tmp_path, "--data_root", data, "--checkpoint", "other.pth")
+    predict = "predict.py", "--image_dir", data / "val", "--save_dir", "masks", "--no-overlay"
+    assert call(*predict, "--checkpoint", "other.pth")[0] == 0
+    ids, colors = (np.concatenate([np.asarray(opened(path)) for path in sorted(folder.glob("[!.]*"))]) for folder in (
+        tmp_path / "masks", data / "val_labels"))
+    truth = CAMVID.to_ids(colors)
+    right = (ids == truth)[truth > 0].mean()
+    assert other["pixel_accuracy"] == pytest.approx(right, abs=1e-9) != scores["pixel_accuracy"]
 
 
 @pytest.mark.slow

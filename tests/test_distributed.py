@@ -91,6 +91,9 @@ def test_shards_make_up_the_epoch(size, processes, batch):
     ("cpu", 1, 1, 0), ("cpu", 2, 1, 0), ("cpu", 16, 1, 2), ("cpu", None, 1, 0), ("cpu", 16, 8, 0), ("cuda", 2, 1, 2),
     ("cuda", 16, 1, 8), ("cuda", 16, 4, 4)])
 def test_loader_processes_suit_the_machine(monkeypatch, device, cores, processes, expected):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
+    if cores is None:  # systems that cannot say it
+        monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers(torch.device(device)) == expected

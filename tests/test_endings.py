@@ -98,14 +98,17 @@ def test_a_stopped_training_says_how_to_go_on(trained, scenes, tmp_path, call, m
     """In its second epoch; in the first there is nothing to go on from, but what an earlier run left is untouched."""
     status, _, err = train_until(monkeypatch, call, scenes, 2, lambda: signal.raise_signal(number))
     *_, hint, typed, _ = err.splitlines()
-    assert status == 128 + number and "to go on after the last finished one:" in hint
-    assert shlex.split(typed) == ["python", "train.py", "--data_root", *map(str, (scenes, *SMALL)), "--resume", "auto"]
+    assert status == 128 + number and "add to the same command:" in hint
+    assert shlex.split(typed) == ["--resume", "checkpoint/unet_last.pth"]
     assert len(load(tmp_path)["training"]["history"]) == 1
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").glob("[!.]*")}
     status, out, err = train_until(monkeypatch, call, scenes, 1, lambda: signal.raise_signal(number))
     assert status == 128 + number and "moved the earlier run" in out and "no epoch was finished" in err
     aside, = (tmp_path / "checkpoint").glob("unet_until_*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    # Its own best weights, where a fine-tuning began, are among what has moved.
+    resume = "--init_from", "checkpoint/unet_best.pth", "--resume", aside / "unet_last.pth"
+    assert "resumed after epoch 1" in call("train.py", "--data_root", scenes, *SMALL, *resume)[1]
 
 
 def test_a_vanished_folder_or_a_lost_loss_end_training_in_one_line(scenes, tmp_path, call, monkeypatch):

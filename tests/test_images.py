@@ -25,6 +25,7 @@ SMOOTH = np.array(Image.fromarray(RGB).resize((48, 48)))  # JPEG changes it litt
     ("1 bit.png", Image.fromarray(GREY > 99), {}, (THREE_GREY > 99) * np.uint8(255)),
     ("16 bits.png", Image.fromarray(GREY * np.uint16(257)), {}, THREE_GREY),
     ("16 bits.tif", Image.fromarray(GREY * np.uint16(257)), {}, THREE_GREY),
+    ("16 bits.ppm", Image.fromarray(GREY * np.uint16(257)), {}, THREE_GREY),
     ("cmyk.jpg", Image.fromarray(SMOOTH).convert("CMYK"), {"quality": 98}, SMOOTH),
     ("turned.jpg", Image.fromarray(SMOOTH[:30]), {"exif": TURNED, "quality": 98}, np.rot90(SMOOTH[:30], -1)),
     *((f"turned {array.ndim}.{kind}", Image.fromarray(array), {"exif": TURNED}, np.rot90(expected, -1))

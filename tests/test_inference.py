@@ -10,6 +10,7 @@ from torch import nn
 
 from inference.predictor import Predictor, fitting_batch, fitting_tile, fold_batch_norm, predict_stream, tile_spans
 from model import MODEL_NAMES, build_model
+from support.command import RunError
 from training.checkpoints import SHIPPED, load_predictor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,6 +110,13 @@ def test_ids_are_the_most_probable_classes(size, max_side, tta):
         prob[..., *part] += 1  # each pixel once
     assert torch.all(prob.sum(1).sub(6).abs() < 1e-4)
     assert (predict.predict([image])[0] != prob.argmax(1)[0].numpy()).mean() < 1e-4
+
+
+def test_outputs_that_overflow_are_no_class():
+    model = pointwise()
+    model.weight.data.fill_(3e38)
+    with pytest.raises(RunError, match="NaN or infinite"):
+        predictor(model).predict([np.full((4, 5, 3), 255, np.uint8)])
 
 
 @pytest.mark.parametrize("sizes, classes, expected", [

@@ -15,7 +15,7 @@ def counted(pred, mask, classes=6, ignore_index=None) -> SegmentationMetric:
 
 @pytest.mark.parametrize("ignore_index", [None, 0, 255])
 @pytest.mark.parametrize("seed,convert", [*enumerate([
-    np.int64, np.uint8, np.int32, lambda ids: torch.from_numpy(ids).byte().flatten(),
+    np.int64, np.uint8, np.int32, np.uint16, lambda ids: torch.from_numpy(ids).byte().flatten(),
     lambda ids: torch.from_numpy(ids).int()])])
 def test_agrees_with_scikit_learn(seed, convert, ignore_index):
     """Ids in batches, of which class 4 is in neither, class 3 in the prediction alone, class 5 in the mask alone."""
@@ -61,6 +61,12 @@ def test_counts_stay_exact_where_float32_does_not():
 def test_wrong_shapes_types_and_ids_are_errors(pred, mask, said):
     with pytest.raises(ValueError, match=said):
         counted(pred, mask, ignore_index=255).compute()
+
+
+def test_small_types_do_not_wrap_around():
+    with pytest.raises(ValueError, match="1 pixels"):
+        counted(np.uint8([0, 3]), np.uint8([255, 3]), ignore_index=-1).compute()
+    assert counted(np.uint8([0, 255]), np.uint8([0, 255]), 300, -1).confusion_matrix()[255, 255] == 1
 
 
 @pytest.mark.parametrize("ignore_index", [0, 5, 255, -1])

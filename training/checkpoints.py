@@ -38,7 +38,7 @@ def load_checkpoint(path: Path, training: bool = False) -> dict:
     training: with what a resume needs. Raises UserError for a missing, broken or foreign file.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint file; train one with train.py or name another with --checkpoint")
+        raise UserError(f"{path}: no such checkpoint file; train one with train.py, or name another")
     size = Path(path).stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no sums, and would unpack any number of bytes

@@ -9,16 +9,16 @@ from torch.utils.data import DataLoader
 
 from inference.predictor import Predictor, most_probable
 from metric import SegmentationMetric
-from support.command import progress
+from support.command import RunError, progress
 from support.device import autocast
 from training.distributed import sum_over_processes, world_size
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(RunError):
     """The loss became NaN or infinite at ``step`` of the epoch, or in its validation: None."""
 
     def __init__(self, step: int | None = None):
-        super().__init__(f"the loss is not finite at step {step}")
+        super().__init__("the network's outputs are NaN or infinite; try --amp off, or retrain it")
         self.step = step
 
 
@@ -46,7 +46,7 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
         scaler.scale(loss).backward()
         losses.append(loss.detach())
         images_seen += len(images)
-        lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        lr = optimizer.param_groups[0]["lr"]
         if (step + 1) % check_every == 0 or step + 1 == len(loader):
             bad = torch.stack(losses[-check_every:]).isfinite().logical_not().nonzero()
             if len(bad):
@@ -54,8 +54,9 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, loss_fn: nn.Module, op
             bar.set_postfix(loss=f"{losses[-1].item():.3f}", lr=f"{lr:.2g}", refresh=False)
         if update(model, optimizer, scheduler, scaler, clip_grad):
             after_update()
-    return {"train_loss": torch.stack(losses).mean().item(), "lr": lr,
-            "images_per_second": world_size() * images_seen / seconds}
+    train_loss = torch.stack(losses).mean().item()  # waits for the device: only then is the time known
+    return {"train_loss": train_loss, "lr": lr,
+            "images_per_second": world_size() * images_seen / (time.perf_counter() - started)}
 
 
 def update(model: nn.Module, optimizer: Optimizer, scheduler, scaler: torch.amp.GradScaler, clip_grad: float) -> bool:

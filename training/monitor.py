@@ -1,6 +1,5 @@
 """What a run shows of itself: its lines, curves and a panel of predictions after every validation, and TensorBoard."""
 import shlex
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from output.visualize import panel_image, save_curves
 from support.command import UserError
 from support.files import write_file
 from training.checkpoints import load_checkpoint
-from training.distributed import world_size
 from training.run import RunFiles
 
 
@@ -81,16 +79,16 @@ def resume_hint(files: RunFiles) -> str:
     """What to type to go on after a signal."""
     if not files.path("last.pth").is_file():
         return "no epoch was finished, so there is nothing to resume"
-    flags = shlex.join(sys.argv[1:]).removesuffix(" --resume auto")
-    return f"to go on after the last finished one:\n  python train.py {flags} --resume auto"
+    return ("to go on after the last finished one, add to the same command:\n"
+            f"  --resume {shlex.quote(str(files.path('last.pth')))}")
 
 
 def describe_loss(step: int | None, epoch: int, loader: Any) -> str:
     """Where the loss was lost, and what to try. step: None in validation."""
     where = "the validation"
     if step is not None:
-        size = loader.batch_size * world_size()
-        names = [loader.dataset.pairs[i].image.name for i in loader.sampler.order()[step * size:(step + 1) * size]]
+        batch = [*loader.sampler][step * loader.batch_size:(step + 1) * loader.batch_size]
+        names = [loader.dataset.pairs[i].image.name for i, _ in batch]
         where = f"step {step + 1}, with {', '.join(names)}"
     return (f"the loss is NaN or infinite in epoch {epoch}, {where}; try a lower --lr or --clip_grad 1. The checkpoint "
             f"of the last finished epoch is untouched")

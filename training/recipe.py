@@ -44,6 +44,8 @@ def add_recipe_flags(parser: Parser) -> None:
 
 def resolve_recipe(args) -> None:
     """Fill in the defaults that depend on other flags. Raises UserError where flags contradict each other."""
+    if args.pretrained and args.model == "unet":
+        raise UserError("--pretrained: ImageNet weights are those of ResNet encoders; add --model unet_resnet34")
     smallest = 32 if args.model == "unet" else 64  # two pixels at the bottom, for batch norm to have a variance
     if len(args.crop_size) > 2 or min(args.crop_size) < smallest:
         given = " ".join(map(str, args.crop_size))

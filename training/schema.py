@@ -124,8 +124,8 @@ def check_tensors(stored: dict[str, Tensor], expected: dict[str, Tensor], field:
 
     expected: tensors without memory. limit: bytes that all may have together, those of their file.
     """
-    for name in sorted(expected.keys() ^ stored.keys(), key=str):
-        raise ValueError(f"{field}.{name} {'is missing' if name in expected else 'is in no such model'}")
+    if wrong := sorted(expected.keys() ^ stored.keys(), key=str):
+        raise ValueError(f"{field}.{wrong[0]} {'is missing' if wrong[0] in expected else 'is in no such model'}")
     for name, tensor in stored.items():
         like, what = expected[name], f"{field}.{name}"
         if (not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided
