@@ -1,7 +1,7 @@
 """Every stage against the obvious code, and against the packages that people would pick instead.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/bench.py --data_root data/CamVid              every stage, half an hour: a table, and bench.json
+    python benchmarks/bench.py --data_root data/CamVid              every stage, about an hour: a table, and bench.json
     python benchmarks/bench.py masks metric step                    some stages, on generated frames
 
 A figure is the median of repeated runs, ours and the reference in turns within one process. The references are in

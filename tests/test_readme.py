@@ -16,7 +16,7 @@ import train
 from datasets.synthetic import generate_dataset, generate_scene
 
 PAGES = {str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
-         for path in (*REPO.glob("README*.md"), REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md")))}
+         for path in (*REPO.glob("*.md"), REPO / "checkpoint" / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 
 
 def anchors(page: str) -> set[str]:
@@ -170,6 +170,8 @@ def test_own_data_from_images_to_a_model(tmp_path, call, monkeypatch):
             save(tmp_path / "mydata" / split / f"street {i}.jpg", looks[ids], quality=95)
             save(tmp_path / "mydata" / f"{split}_labels" / f"street {i}.png", palette[ids])
     (tmp_path / "mydata" / "class_dict.csv").write_text(table)
+    (tmp_path / "checkpoint").mkdir()
+    shutil.copy(REPO / "checkpoint" / "camvid_unet.pth", tmp_path / "checkpoint")
     parser = train.get_args_parser()
     parser.set_defaults(crop_size=[96])
     monkeypatch.setattr(train, "get_args_parser", lambda: parser)
