@@ -70,7 +70,10 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids. Raises RunError if these overflow."""
+        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids.
+
+        Raises RunError where the network's outputs are not finite.
+        """
         size = images[0].shape[:2]
         if limited_size(size, self.max_side) == size:  # of large images only a tile is in memory as floats
             parts = self._tiles(size, lambda window: self.prepare([image[window] for image in images]))
