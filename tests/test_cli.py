@@ -229,11 +229,9 @@ def test_max_side_scores_and_predicts_at_the_masks_own_size(scenes, tmp_path, ca
 
 def test_evaluation_scores_what_training_scored_and_prediction_writes(scenes, tmp_path, call):
     """With validation images larger than those of training, and a checkpoint of another normalisation."""
-    data, masks = tmp_path / "data", {}
-    shutil.copytree(scenes, data)
+    data = shutil.copytree(scenes, tmp_path / "data")
     for path in [*data.glob("val*/*.png")]:
-        image = opened(path)
-        save(path, masks.setdefault(path.name, np.asarray(image.resize((192, 144), Image.Resampling.NEAREST))))
+        save(path, np.asarray(opened(path).resize((192, 144), Image.Resampling.NEAREST)))
     assert call("train.py", "--data_root", data, *SMALL)[0] == 0
     best = load(tmp_path, "best")
     scores = evaluate(call, tmp_path, "--data_root", data)
