@@ -1,7 +1,7 @@
 """Train a U-Net on CamVid or on your own street images.
 
     python train.py --demo                                     no data needed, about three minutes on two CPU cores
-    python train.py --data_root data/CamVid --width 16         on a CPU
+    python train.py --data_root data/CamVid --width 16         on a CPU: an hour on two cores
     python train.py --data_root data/CamVid                    on a GPU
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """
@@ -46,7 +46,7 @@ KEPT_BYTES = 2 << 30  # of decoded images; CamVid at 480×360 has 0.3 GB
 DEMO_SCENES, DEMO_SIZE = {"train": 300, "val": 40, "test": 8}, (192, 144)
 DEMO = {"data_root": Path("checkpoint/demo/scenes"), "checkpoint": Path("checkpoint/demo"), "width": 8, "epochs": 12,
         "batch_size": 2, "crop_size": [144, 192], "scale": [1.0, 1.0], "jitter": 0.0, "optimizer": "adamw", "lr": 0.006,
-        "scheduler": "onecycle", "weight_decay": 0.01, "loss": "ce+dice", "class_weights": "none", "workers": 1}
+        "weight_decay": 0.01, "loss": "ce+dice", "class_weights": "none", "workers": 1}
 
 
 def get_args_parser() -> Parser:

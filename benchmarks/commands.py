@@ -52,7 +52,7 @@ def quality(args) -> Iterator[Row]:
     """Minutes that train.py itself needs, start and validation included, on CamVid's own images."""
     if DEVICE.type == "cuda" or len(CamVidDataset(args.data_root, "train", CAMVID)) < 300:
         return
-    flags = ["--width", "16", "--scheduler", "onecycle"]
+    flags = ["--width", "16"]
     started, goals = time.perf_counter(), [0.30, 0.50, 0.65]
     process = subprocess.Popen([sys.executable, "train.py", "--data_root", str(args.data_root), *flags, "--checkpoint",
                                 str(args.scratch / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -25,7 +25,7 @@ from datasets.camvid import CamVidDataset
 from datasets.check import check_data
 from datasets.classes import CAMVID
 from metric import score_table
-from training.recipe import build_scheduler
+from training.recipe import build_scheduler, resolve_recipe
 
 
 def evaluate(call, cwd: Path, *flags) -> dict:
@@ -186,6 +186,15 @@ def test_another_number_of_processes_is_named(trained, scenes, tmp_path, call):
     torch.save(state, tmp_path / "two.pth")
     status, _, err = call("train.py", "--data_root", scenes, "--resume", "two.pth")
     assert status == 2 and "trained with 2 processes, now 1;" in err and "other data" not in err
+
+
+@pytest.mark.parametrize("typed, expected", [
+    ("", ("onecycle", 34, 0.2)), ("--gamma 0.5", ("step", 34, 0.5)), ("--step_size 3", ("step", 3, 0.2)),
+    ("--scheduler step --epochs 10", ("step", 4, 0.2)), ("--scheduler onecycle --gamma 1", ("onecycle", 34, 1.0))])
+def test_the_schedule_is_one_cycle_unless_steplr_is_asked_for(typed, expected):
+    args = train.get_args_parser().parse_args(typed.split())
+    resolve_recipe(args)
+    assert (args.scheduler, args.step_size, args.gamma) == expected
 
 
 def test_the_tutorials_commands(scenes, tmp_path, call):

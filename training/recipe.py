@@ -30,9 +30,10 @@ def add_recipe_flags(parser: Parser) -> None:
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd")
     add("--weight-decay", "--weight_decay", type=number(float, 0, 10), default=5e-4,
         help="of convolution weights, per update; norms and biases have none")
-    add("--scheduler", choices=("step", "onecycle"), default="step", help="of the learning rate; step is StepLR")
+    add("--scheduler", choices=("step", "onecycle"),
+        help="of the learning rate; step is StepLR; by default onecycle, with --step_size or --gamma step")
     add("--step_size", type=number(int, 1), metavar="EPOCHS", help="between StepLR's drops; by default a third of all")
-    add("--gamma", type=number(float, 1e-12, 1), default=0.2, help="factor of StepLR's drops")
+    add("--gamma", type=number(float, 1e-12, 1), help="factor of StepLR's drops; by default 0.2")
     add("--loss", choices=("ce", "ce+dice"), default="ce+dice", help="cross-entropy, or with soft Dice")
     add("--class_weights", choices=("none", "log", "mild"), default="mild",
         help="of the cross-entropy: 1 / ln(1.02 + pixel share), or milder, with 1.1")
@@ -55,7 +56,8 @@ def resolve_recipe(args) -> None:
     args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
     args.width = args.width or (64 if args.model == "unet" else 16)
     args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001) * (FINE_TUNING if args.init_from else 1)
-    args.step_size = args.step_size or -(-args.epochs // 3)
+    args.scheduler = args.scheduler or ("step" if args.step_size or args.gamma else "onecycle")
+    args.step_size, args.gamma = args.step_size or -(-args.epochs // 3), args.gamma or 0.2
 
 
 def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> Optimizer:
