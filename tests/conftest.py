@@ -117,9 +117,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
 
 def wait_for(condition) -> None:
     deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):  # a process closes what it has just had open
+            if condition():
+                return
         time.sleep(0.02)
+    raise AssertionError
 
 
 @contextlib.contextmanager
