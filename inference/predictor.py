@@ -18,6 +18,7 @@ from support.images import limited_size, shrink
 Window = tuple[slice, slice]  # rows and columns
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
 MAX_PROBABILITIES = 64_000_000  # at once in evaluation, which holds a few copies: about a gigabyte
+NOT_FINITE = "the network's outputs are NaN or infinite; try --amp off, or retrain it"
 TTA = {
     "none": [(1.0, False)],
     "flip": [(1.0, False), (1.0, True)],
@@ -82,7 +83,7 @@ class Predictor:
         ids = np.empty((len(images), *size), np.uint8)
         for part, prob in parts:
             if prob[:, 0].isnan().any():  # softmax spreads it over all classes of its pixel
-                raise RunError("the network's outputs are NaN or infinite; try --amp off, or retrain it")
+                raise RunError(NOT_FINITE)
             ids[:, *part] = most_probable(prob).cpu().numpy()
         return ids
 

@@ -23,7 +23,7 @@ from training.schema import CHECKPOINT, DICT, RESUMABLE, check_checkpoint, of_cl
 
 
 def test_best_is_what_beats_all_before():
-    state, scores = TrainingState(*5 * [None], 3), (0.0, 0.2, 0.2, 0.1, 0.3)
+    state, scores = TrainingState(*5 * [None], 3), (float("nan"), 0.2, 0.2, 0.1, 0.3)
     rows = [{}, *({"val_miou": score} for score in scores)]
     assert list(map(state.record, rows)) == [False, True, True, False, False, True]
 

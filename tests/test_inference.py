@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from inference.predictor import Predictor, fitting_batch, fitting_tile, fold_batch_norm, predict_stream, tile_spans
+from inference.predictor import (
+    Predictor,
+    fitting_batch,
+    fitting_tile,
+    fold_batch_norm,
+    most_probable,
+    predict_stream,
+    tile_spans,
+)
 from model import MODEL_NAMES, build_model
 from support.command import RunError
 from training.checkpoints import SHIPPED, load_predictor
@@ -47,6 +55,7 @@ def test_probabilities_are_the_softmax_over_all_but_the_ignored_class(ignore_ind
     expected[:, rest] = logits[:, rest].softmax(1)
     prob = predictor(model.train(), ignore_index).probabilities(images)  # left in training mode, it is evaluated
     torch.testing.assert_close(prob, expected)
+    assert most_probable(prob).dtype == torch.uint8 and torch.equal(most_probable(prob).long(), expected.argmax(1))
 
 
 @pytest.mark.parametrize("tile", [64, 70, 960])

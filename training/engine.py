@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from inference.predictor import Predictor, most_probable
+from inference.predictor import NOT_FINITE, Predictor, most_probable
 from metric import SegmentationMetric
 from support.command import RunError, progress
 from support.device import autocast
@@ -18,7 +18,7 @@ class NonFiniteLoss(RunError):
     """The loss became NaN or infinite at ``step`` of the epoch, or in its validation: None."""
 
     def __init__(self, step: int | None = None):
-        super().__init__("the network's outputs are NaN or infinite; try --amp off, or retrain it")
+        super().__init__(NOT_FINITE)
         self.step = step
 
 

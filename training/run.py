@@ -52,7 +52,7 @@ class TrainingState:
         # Without times, so that the files of two equal runs are equal.
         self.history.append({"epoch": self.epoch + 1} | {key: round(value, 6) for key, value in row.items()
                                                          if key != "images_per_second"})
-        score = row.get("val_miou", -1.0)
+        score = float(np.nan_to_num(row.get("val_miou", -1.0)))  # NaN would never be beaten
         best, self.best_miou = score > self.best_miou, max(score, self.best_miou)
         return best
 
