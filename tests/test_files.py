@@ -99,18 +99,43 @@ def test_a_video_on_a_full_disk_is_a_failure(tmp_path, share):
     assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("limit, error, said", [
-    (1000, RunError, "last.pth: cannot be written .File too large"),  # as on a full disk
-    (1 << 30, RuntimeError, "worker is killed")])  # raised by a signal, in the midst of anything
-def test_a_checkpoint_that_is_not_written_says_why(tmp_path, monkeypatch, limit, error, said):
+def test_a_checkpoint_that_is_not_written_says_why(tmp_path, monkeypatch):
     def save(state, file, save=torch.save):
         save(state, file)
-        raise RuntimeError("DataLoader worker is killed")
+        raise RuntimeError("DataLoader worker is killed")  # by a signal, in the midst of anything
 
+    with limited("FSIZE", 1000), pytest.raises(RunError, match="last.pth: cannot be written .File too large"):
+        save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(1000)})  # as on a full disk
     monkeypatch.setattr(torch, "save", save)
-    with limited("FSIZE", limit), pytest.raises(error, match=said):
+    with pytest.raises(RuntimeError, match="worker is killed"):
         save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(1000)})
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a file may be left to the interpreter to close
+def test_ctrl_c_at_any_line_of_saving_is_ctrl_c_and_leaves_a_whole_file(tmp_path):
+    """At every line of our code and of torch's, one after another, until none is left to interrupt."""
+    path, ended = tmp_path / "last.pth", 0
+    save_checkpoint(path, {"weights": torch.zeros(10)})
+    for moment in range(100_000):
+        lines = iter(range(moment))
+
+        def interrupt(frame, event, value, lines=lines):
+            if event == "line" and next(lines, None) is None and frame.f_globals["__name__"] != "copyreg":  # which
+                sys.settrace(None)  # catches all
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            save_checkpoint(path, {"weights": torch.ones(10)})
+            break
+        except KeyboardInterrupt:
+            ended += 1
+        finally:
+            sys.settrace(None)
+        assert os.listdir(tmp_path) == [path.name] and len(torch.load(path, weights_only=True)["weights"]) == 10
+    assert ended > 300 and torch.load(path, weights_only=True)["weights"].all()
 
 
 # Ten processes at the same instant: each that gets in notes it, stays, and notes when it leaves.

@@ -4,6 +4,7 @@ A file holds plain Python types and tensors only and is read with ``weights_only
 file never executes code. ``_best.pth`` holds the weights that predict, their scores and the config; ``_last.pth`` adds
 ``training``, what a resume needs.
 """
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from datasets.classes import ClassSet
 from inference.predictor import Predictor, fitting_tile, fold_batch_norm
 from support.command import UserError, one_line
-from support.files import atomic_path
+from support.files import write_file
 from training.schema import CHECKPOINT, FORMAT, check, check_checkpoint, describe_network
 
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "camvid_unet.pth"
@@ -23,13 +24,12 @@ LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "dev
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write ``state`` and the format number, whole or not at all. Raises RunError if the disk refuses."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"format": FORMAT, **state}, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # what the disk has said, behind torch's own words
-                raise error.__context__ from None
-            raise
+    buffer = io.BytesIO()  # a file that is full, or closed after Ctrl-C, can make torch's writer abort the process
+    try:
+        torch.save({"format": FORMAT, **state}, buffer)
+    except RuntimeError as error:  # of the writer's end, which hides what came first, such as Ctrl-C
+        raise error.__context__ or error from None
+    write_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path, training: bool = False) -> dict:
