@@ -2,6 +2,7 @@
 
 Commands import it before all else: it needs Python alone, and speaks for them while torch and the others load.
 """
+import _thread
 import argparse
 import io
 import multiprocessing
@@ -9,10 +10,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # What libraries say where the machine is at fault, not the program; and what to do.
@@ -180,23 +183,31 @@ def guard_imports(name: str) -> None:
         signal.signal(signal.SIGINT, lambda *_: end_imports(name, KeyboardInterrupt()))
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise what a signal means. While something is imported, which could swallow it or break, try again soon."""
+    where = frame
+    while where:
+        if where.f_code.co_filename.startswith("<frozen importlib"):
+            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
+            return
+        where = where.f_back
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:
     """Call ``main(args)``. Returns the exit status, and prints what went wrong as one line on stderr.
 
     2 or 1: a UserError or a RunError. 1: what the system or a library refuses, or a failure of the program, with its
     traceback. 128 + the signal's number: Ctrl-C, SIGTERM, or a closed pipe.
     """
-    def terminate(number: int, frame) -> None:
-        raise Terminated
-
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     streams, hook, printed = (sys.stdout, sys.stderr), sys.unraisablehook, Stream(sys.stdout, raises=(BrokenPipeError,))
     sys.stdout, sys.stderr = printed, Stream(sys.stderr)
     try:
         args = parser.parse_args()
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, interrupt)
         if before[signal.SIGINT] != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, interrupt)
         status = main(args) or 0
         printed.flush()
         if printed.failure:

@@ -1,4 +1,5 @@
 """How commands end when they are stopped, nobody reads what they print, or the disk is full; what memory they take."""
+import importlib
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from conftest import REPO, SMALL, finish, load, opened, start, wait_for
 from PIL import Image
 
 import train
+from support.command import Parser, run_command
 from support.images import open_image
 from training.checkpoints import SHIPPED
 from training.engine import NonFiniteLoss
@@ -61,6 +63,23 @@ def test_a_signal_leaves_what_is_finished_and_nothing_else(scenes, many, tmp_pat
     assert not list(tmp_path.rglob(".unfinished*"))
     for path in tmp_path.glob("out/*.png"):
         opened(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch, capsys, number):
+    """A module written in C could turn it into an ImportError, and break at the interpreter's end."""
+    (tmp_path / f"library{number}.py").write_text(
+        f"import signal, time\ntry:\n    signal.raise_signal({number})\n    time.sleep(0.2)\nexcept BaseException:\n"
+        "    raise ImportError('initialization failed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prog"])
+
+    def work(args):
+        importlib.import_module(f"library{number}")
+        time.sleep(10)
+
+    assert run_command(work, Parser(prog="prog")) == 128 + number and f"library{number}" in sys.modules
+    assert capsys.readouterr().err in ("prog: interrupted\n", "prog: terminated\n")
 
 
 def test_a_closed_pipe_ends_quietly(scenes, tmp_path, call, monkeypatch):
