@@ -185,13 +185,9 @@ def guard_imports(name: str) -> None:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Raise what a signal means. While something is imported, which could swallow it or break, try again soon."""
-    where = frame
-    while where:
-        if where.f_code.co_filename.startswith("<frozen importlib"):
-            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
-            return
-        where = where.f_back
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    if not any(caller.f_code.co_filename.startswith("<frozen importlib") for caller, _ in traceback.walk_stack(frame)):
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
 
 
 def run_command(main: Callable, parser: argparse.ArgumentParser) -> int:

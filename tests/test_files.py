@@ -121,8 +121,9 @@ def test_ctrl_c_at_any_line_of_saving_is_ctrl_c_and_leaves_a_whole_file(tmp_path
         lines = iter(range(moment))
 
         def interrupt(frame, event, value, lines=lines):
-            if event == "line" and next(lines, None) is None and frame.f_globals["__name__"] != "copyreg":  # which
-                sys.settrace(None)  # catches all
+            swallows = frame.f_globals["__name__"] == "copyreg"  # by an except of all
+            if event == "line" and next(lines, None) is None and not swallows:
+                sys.settrace(None)
                 raise KeyboardInterrupt
             return interrupt
 
