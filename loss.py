@@ -47,10 +47,12 @@ def dice_loss(log_prob: Tensor, of_target: Tensor, target: Tensor, labelled: Ten
     Shape: log_prob (N, C, H, W), of_target (N, H, W) its values at the target, target (N, H, W) int64 in 0 … C-1,
     labelled (N, H, W) bool -> scalar; 0 without labelled pixels.
     """
-    zeros, ids = log_prob.new_zeros(log_prob.shape[1]), target.flatten()
-    # Sums by class: adding by index costs a fifth of multiplying with a one-hot mask.
-    overlap = zeros.index_add(0, ids, (of_target.exp() * labelled).flatten())  # (C,)
-    pixels = zeros.index_add(0, ids, labelled.flatten().to(zeros.dtype))
+    images, classes = log_prob.shape[:2]
+    zeros = log_prob.new_zeros(images * classes)
+    cell = (target + classes * torch.arange(images, device=target.device).view(-1, 1, 1)).flatten()
+    # By index: a fifth of the time of multiplying with a one-hot mask. By image too: float32 counts to 2²⁴ alone.
+    overlap = zeros.index_add(0, cell, (of_target.exp() * labelled).flatten()).view(images, classes).sum(0)  # (C,)
+    pixels = zeros.index_add(0, cell, labelled.flatten().to(zeros.dtype)).view(images, classes).sum(0)
     predicted = (log_prob.exp() * labelled.unsqueeze(1)).sum((0, 2, 3))
     dice = 2 * overlap / (predicted + pixels).clamp_min(1e-6)
     present = pixels > 0

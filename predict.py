@@ -129,9 +129,10 @@ def predict_video(path: Path, predictor: Predictor, classes: ClassSet, args) -> 
     bar = tqdm(overlays, total=video.count or None, unit="frame", disable=None)
     count = write_video(target, bar, video.size, video.rate)
     print(f"wrote {target}, {count} frames at {video.rate:.4g} a second")
-    if count < video.count:
+    cut_short = video.count - count > video.rate  # a second: some files announce as many as their sound is long
+    if cut_short:
         print(f"predict.py: {path} announces {video.count} frames; it may be cut short", file=sys.stderr)
-    return 1 if count < video.count else 0
+    return int(cut_short)
 
 
 def print_shares(pixels: np.ndarray, classes: ClassSet) -> None:
@@ -181,8 +182,9 @@ def run(args) -> int:
         raise UserError("--report shows all images, --skip_existing predicts some; give one of them")
     images, left_out = find_images(args.image_dir)
     video = images[0] if images[0].suffix.lower() in VIDEO_SUFFIXES else None
-    if video and (args.report or not args.overlay):
-        raise UserError(f"{video}: of a video there is an overlay alone; leave --report and --no-overlay out")
+    if video and (args.report or args.skip_existing or not args.overlay):
+        raise UserError(f"{video}: of a video there is an overlay alone; leave out --report, --skip_existing and "
+                        f"--no-overlay")
     checkpoint = args.checkpoint or default_checkpoint()
     predictor, classes = open_checkpoint(checkpoint, args)
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:

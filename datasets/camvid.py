@@ -51,7 +51,7 @@ def find_folders(root: Path, split: str) -> tuple[Path, Path]:
     """The folders of a split's images and masks. Raises UserError if one is missing."""
     images, labels, annot = (Path(root, f"{split}{end}") for end in ("", "_labels", "annot"))
     unsplit = [pair for pair in UNSPLIT if all(Path(root, name).is_dir() for name in pair)]
-    if unsplit and split in ("train", "val") and not images.is_dir():
+    if unsplit and split in ("train", "val") and not any(Path(root, name).is_dir() for name in ("train", "val")):
         return Path(root, unsplit[0][0]), Path(root, unsplit[0][1])
     if not images.is_dir() or labels.is_dir() == annot.is_dir():
         needed = f"needs the folders {split} and either {split}_labels or {split}annot, not both"
@@ -85,7 +85,7 @@ def find_split(root: Path, split: str, val_percent: float | None = None) -> tupl
     """
     image_dir, mask_dir = find_folders(root, split)
     pairs, problems = find_pairs(image_dir, mask_dir)
-    if image_dir.name != split:
+    if image_dir != Path(root, split):
         held = held_out([pair.image.stem for pair in pairs], val_percent or VAL_PERCENT)
         pairs = [pair for pair in pairs if (pair.image.stem in held) == (split == "val")]
         if not pairs and not problems:

@@ -8,7 +8,7 @@ import torch
 from conftest import COLORS, COLORS32, MERGED, PALETTE, make_pair, opened, save, write_csv
 from PIL import Image
 
-from datasets.camvid import CamVidDataset, EpochSampler, find_classes, find_pairs, held_out, read_mask
+from datasets.camvid import CamVidDataset, EpochSampler, find_classes, find_pairs, find_split, held_out, read_mask
 from datasets.check import check_data
 from datasets.classes import CAMVID, CAMVID32, ClassSet
 from datasets.transforms import train_transform
@@ -61,6 +61,17 @@ def test_layouts(tmp_path, frames, layout):
         for (stem, image, ids), pair, (found_image, found_ids) in zip(expected, dataset.pairs, dataset):
             assert pair.image.stem == stem and pair.mask.stem.removesuffix("_L") == stem
             assert (found_image == image).all() and (found_ids == ids).all()
+
+
+def test_a_folder_with_a_split_is_not_one_without(tmp_path):
+    """A split that is missing is not made of images/ beside it; one may lie deeper."""
+    for folder, stem in ((tmp_path, "a"), (tmp_path / "night", "b1"), (tmp_path / "night", "c1")):
+        make_pair(folder, stem)
+    assert len(find_split(tmp_path, "night/train")[0]) == len(find_split(tmp_path / "night", "./train")[0]) == 2
+    for folder, name in (("images", "d.png"), ("masks", "d.png")):
+        save(tmp_path / folder / name, PALETTE[None])
+    with pytest.raises(UserError, match="needs the folders val and either"):
+        find_split(tmp_path, "val")
 
 
 def test_find_classes(scenes, tmp_path):

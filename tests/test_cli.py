@@ -155,6 +155,29 @@ def test_the_average_follows_a_wide_network_in_its_own_memory_format(scenes, tmp
         assert torch.equal(tensor, last["state_dict"][name]) or name.endswith("num_batches_tracked"), name
 
 
+def test_momentum_goes_with_its_weight_into_another_memory_format(trained, scenes, tmp_path, call, monkeypatch):
+    state, names = load(trained), ("channels_last", "contiguous_format")
+    for tensor in state["training"]["optimizer_state"].values():
+        tensor *= 1000  # so that it decides
+    torch.save(state, tmp_path / "fast.pth")
+    for name in names:
+        monkeypatch.setattr(train, "memory_format", lambda *_, name=name: getattr(torch, name))
+        (cwd := tmp_path / name).mkdir()
+        resume = "--resume", tmp_path / "fast.pth", "--epochs", 3, "--amp", "off"
+        assert call("train.py", "--data_root", scenes, *resume, "--device", "cpu", cwd=cwd)[0] == 0
+    weights = [load(tmp_path / name)["training"]["model_state_dict"] for name in names]
+    assert weights[1]["encoder.0.3.weight"].is_contiguous()
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
+
+
+def test_a_resume_reads_the_data_and_computes_as_before(scenes, tmp_path, call):
+    data = "--data_name", "camvid", "--label_format", "rgb", "--num_classes", 12, "--amp", "bf16"
+    assert call("train.py", "--data_root", scenes, *SMALL, *data, "--epochs", 1)[0] == 0
+    assert call("train.py", "--data_root", scenes, "--resume", "auto", "--epochs", 2)[0] == 0
+    flags = load(tmp_path)["config"]["train"]
+    assert [flags[name[2:]] for name in data[::2]] == [*data[1::2]] and len(rows(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("recipe", ["--scheduler step", "--scheduler onecycle --optimizer adamw",
                                     "--momentum 0 --ema 0"])
 def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, recipe):

@@ -19,11 +19,11 @@ from training.engine import NonFiniteLoss, train_one_epoch, validate
 from training.recipe import WeightAverage, build_optimizer, build_scheduler
 
 
-def train(model, batches, gamma=1.0, scaler=None, device="cpu", loss_fn=None, **options) -> dict:
+def train(model, batches, gamma=1.0, scaler=None, device="cpu", loss_fn=None, momentum=0.0, **options) -> dict:
     """One epoch of SGD at a rate of 0.1 that is multiplied by ``gamma`` after every update."""
-    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), scaler or torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = build_optimizer("sgd", model, 0.1, 0.0, momentum)
     return train_one_epoch(model, batches, loss_fn or SegmentationLoss(0), optimizer, ExponentialLR(optimizer, gamma),
-                           scaler, device=torch.device(device), **options)
+                           scaler or torch.amp.GradScaler("cpu", enabled=False), device=torch.device(device), **options)
 
 
 def random_batches(count, images=2):
@@ -119,16 +119,19 @@ def test_lost_loss_names_its_step_and_is_not_learnt(value):
     assert_same(model, expected, tolerance=0)
 
 
-def test_overflowing_gradients_lower_the_scale_and_are_not_learnt():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_overflowing_gradients_lower_the_scale_and_are_not_learnt(momentum, monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, torch.nan, **options))
+
     def steep(*batch):
         return 10 * SegmentationLoss(0)(*batch)
     model, batches, updates = one_layer(), random_batches(8), []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
-    row = train(model, batches, 0.5, scaler, loss_fn=steep, after_update=lambda: updates.append(1))
+    row = train(model, batches, 0.5, scaler, loss_fn=steep, momentum=momentum, after_update=lambda: updates.append(1))
     skipped = 8 - len(updates)
     assert 1 <= skipped < 8 and scaler.get_scale() == 2.0**(127 - skipped)
     assert row["lr"] == pytest.approx(0.1 * 0.5**(7 - skipped)), "the schedule counts updates"
-    train(expected := one_layer(), batches[skipped:], 0.5, loss_fn=steep)
+    train(expected := one_layer(), batches[skipped:], 0.5, loss_fn=steep, momentum=momentum)
     assert_same(model, expected)
 
 

@@ -33,7 +33,7 @@ def drive(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
 def test_predict_writes_an_overlay_of_every_frame(drive, tmp_path, call):
     """At opacity 0, so that both videos show the same frames but for what compression loses."""
     predict = "predict.py", "--image_dir", drive[0], "--save_dir", "out", "--alpha", 0, "--batch_size", 3
-    for flags in (["--no-overlay"], ["--report", "page"]):
+    for flags in (["--no-overlay"], ["--report", "page"], ["--skip_existing"]):
         status, _, err = call(*predict, *flags)
         assert status == 2 and err.count("\n") == 1 and flags[0] in err and not list(tmp_path.iterdir())
     status, out, _ = call(*predict)
@@ -44,6 +44,18 @@ def test_predict_writes_an_overlay_of_every_frame(drive, tmp_path, call):
         assert video.size == (72, 96) and video.rate == 12.5 and video.count == 11 and b"vp09" in path.read_bytes()
         for ours, frame in zip(video, drive[1], strict=True):
             assert np.abs(ours.astype(int) - frame).mean() < difference
+
+
+@pytest.mark.parametrize("missing, status", [(12, 0), (13, 1)])
+def test_a_video_that_ends_a_second_early_is_cut_short(drive, call, monkeypatch, missing, status):
+    class Longer(VideoReader):
+        def __init__(self, path: Path):
+            super().__init__(path)
+            self.count += missing
+
+    monkeypatch.setattr("inference.video.VideoReader", Longer)
+    found, _, err = call("predict.py", "--image_dir", drive[0], "--save_dir", "out")
+    assert found == status and ("announces 24 frames; it may be cut short" in err) == bool(status)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -6,6 +6,7 @@ Without torchrun everything here does nothing.
 """
 import contextlib
 import ctypes
+import datetime
 import os
 import signal
 import sys
@@ -50,7 +51,8 @@ def start_processes(device: str) -> str:
         raise UserError(f"--device {device}: under torchrun give cuda, cpu or auto; each process takes its own")
     if device == "cuda" and index >= gpus:
         raise UserError(f"process {index + 1} of this machine has no GPU, there are {gpus}; lower --nproc_per_node")
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    # All others wait while the first checks the data, for hours where there are many images.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(days=1))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device if device == "cpu" else f"cuda:{index}"

@@ -20,13 +20,14 @@ def add_recipe_flags(parser: Parser) -> None:
     add("--batch_size", type=number(int, 1), default=4, help="crops per update")
     add("--crop_size", type=number(int, 1), nargs="+", default=[224], metavar="PX", help="height and width of crops")
     add("--max_side", type=number(int, 0), metavar="PX", help="shrink longer images to it, in training and prediction; "
-        "scores stay at the masks' own size; when not given: none is shrunk")
+        "scores stay at the masks' own size; when not given: the longest side of the training images")
     add("--scale", type=number(float, 0.1, 10), nargs=2, default=[0.4, 1.2], metavar=("MIN", "MAX"),
         help="range of the random scale before cropping")
     add("--jitter", type=number(float, 0, 1), default=0.4,
         help="range of brightness, contrast and saturation around 1; 0 also leaves out gamma, tint, blur and noise")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD is with Nesterov momentum")
-    add("--lr", type=number(float, 1e-12, 100), help="learning rate; when not given: 0.1 for sgd, 0.001 for adamw")
+    add("--lr", type=number(float, 1e-12, 100),
+        help="learning rate; when not given: 0.1 for sgd, 0.001 for adamw, a fifth of it with --init_from")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd")
     add("--weight-decay", "--weight_decay", type=number(float, 0, 10), default=5e-4,
         help="of convolution weights, per update; norms and biases have none")
@@ -70,7 +71,10 @@ def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    for p in model.parameters() if momentum else ():  # torch's own begin as unset memory if the first update is skipped
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def build_scheduler(name: str, optimizer: Optimizer, total_steps: int, step_size: int, gamma: float) -> LambdaLR:

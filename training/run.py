@@ -25,7 +25,7 @@ from training.recipe import WeightAverage
 FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
                "batch_size", "clip_grad", "crop_size", "max_side", "scale", "jitter", "class_weights", "loss",
                "label_smoothing", "ema", "seed", "val_percent")
-KEPT_FLAGS = (*FIXED_FLAGS, "epochs", "val_every")
+KEPT_FLAGS = (*FIXED_FLAGS, "epochs", "val_every", "data_name", "label_format", "num_classes", "amp")
 RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png", "tensorboard")
 
 
@@ -50,7 +50,7 @@ class TrainingState:
     def record(self, row: dict[str, float]) -> bool:
         """Add an epoch's figures to the history. Returns whether its ``val_miou`` is the best so far."""
         # Without times, so that the files of two equal runs are equal.
-        self.history.append({"epoch": self.epoch + 1} | {key: round(value, 6) for key, value in row.items()
+        self.history.append({"epoch": self.epoch + 1} | {key: float(f"{value:.6g}") for key, value in row.items()
                                                          if key != "images_per_second"})
         score = float(np.nan_to_num(row.get("val_miou", -1.0)))  # NaN would never be beaten
         best, self.best_miou = score > self.best_miou, max(score, self.best_miou)
@@ -91,6 +91,9 @@ class TrainingState:
             index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
+        for p, of_weight in self.optimizer.state.items():  # fused updates need the weight's own memory format
+            of_weight |= {key: torch.empty_like(p).copy_(tensor) for key, tensor in of_weight.items()
+                          if tensor.shape == p.shape}
         # The schedule depends on the update and on the flags alone, so that it has no further state.
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
         self.ema.updates, self.history, self.best_miou = state["updates"], list(state["history"]), state["best_miou"]
