@@ -34,7 +34,8 @@ STAGES = {f.__name__: f for f in (
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="all of: " + " ".join(STAGES))
-    parser.add_argument("--data_root", type=Path, help="images with masks; when not given: generated ones")
+    parser.add_argument("--data_root", type=lambda path: Path(path).resolve(),
+                        help="images with masks; when not given: generated ones")
     parser.add_argument("--runs", type=int, default=7, help="repetitions of the shorter stages")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file to write")
     return parser

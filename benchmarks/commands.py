@@ -16,15 +16,10 @@ from datasets.synthetic import generate_scene
 SHIPPED = ROOT / "checkpoint" / "camvid_unet.pth"
 
 
-def predict_flags(images: Path, *flags) -> tuple:
-    return ("predict.py", "--image_dir", images, "--save_dir", images.with_name(f"{images.name}_out"), "--checkpoint",
-            SHIPPED, *flags)
-
-
 def make_images(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """``count`` generated scenes of (width, height), enlarged from 480×360 where they are larger."""
+    """``count`` images of (width, height), of eight generated scenes."""
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = [generate_scene(i, *min(size, (480, 360)))[0].resize(size) for i in range(min(count, 8))]
+    scenes = [generate_scene(i, *size)[0] for i in range(min(count, 8))]
     for i in range(count):
         scenes[i % 8].save(folder / f"{i:05}.png", compress_level=1)
     return folder
@@ -33,7 +28,8 @@ def make_images(folder: Path, count: int, size: tuple[int, int]) -> Path:
 def predict(args) -> Iterator[Row]:
     count = 100
     images = make_images(args.scratch / "images", count, (480, 360))
-    seconds = in_turns(3, lambda: command(*predict_flags(images)),
+    ours = "predict.py", "--image_dir", images, "--save_dir", args.scratch / "ours", "--checkpoint", SHIPPED
+    seconds = in_turns(3, lambda: command(*ours),
                        lambda: command(references.__file__, SHIPPED, images, args.scratch / "plain", DEVICE))
     yield Row(f"predict.py, {count} images of 480×360", seconds[0], "s", seconds[1], "plain loop")
 

@@ -92,7 +92,7 @@ def step_flops(model: nn.Module, side: int) -> int:
 
 
 def step(args) -> Iterator[Row]:
-    """On the CPU, whether or not there is a GPU, for the widths that people train there."""
+    """On a CPU, for the widths that people train there."""
     if DEVICE.type == "cuda":
         return
     for width, runs in ((16, args.runs), (64, 3)):
@@ -166,7 +166,7 @@ def waits(run: Callable) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         run()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def loading(args) -> Iterator[Row]:
@@ -175,7 +175,7 @@ def loading(args) -> Iterator[Row]:
     dataset = CamVidDataset(args.data_root, "train", CAMVID, train_transform((224, 224), 0))
     dataset.keep_decoded()
     loader = DataLoader(dataset, 4, sampler=EpochSampler(len(dataset)), num_workers=workers,
-                        persistent_workers=workers > 0, worker_init_fn=init_worker)
+                        persistent_workers=workers > 0, pin_memory=DEVICE.type == "cuda", worker_init_fn=init_worker)
     model, amp_dtype = build_model("unet", 12, width=width), select_amp_dtype("auto", DEVICE)
     loaded, in_memory = in_turns(3, our_steps(model, loader, amp_dtype), our_steps(model, list(loader), amp_dtype))
     yield Row(f"an epoch, {workers} workers: share inside the step", in_memory / loaded, "")

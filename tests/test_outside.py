@@ -1,6 +1,5 @@
 """What the system and the libraries refuse ends in one line and an exit status, in every command, at every moment."""
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from datasets.camvid import CamVidDataset
 from support.command import Parser, RunError, UserError, run_command
 from support.images import read_image
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as on POSIX systems")
+resource = pytest.importorskip("resource", reason="signals and limits as on POSIX systems")
 COMMANDS = ("train.py", "evaluate.py", "predict.py", "export.py", "datasets.check", "datasets.download",
             "datasets.synthetic")
 INTERRUPT = "import signal\ntry:\n    signal.raise_signal(2)\nexcept BaseException:\n    pass"
