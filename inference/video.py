@@ -48,10 +48,8 @@ def opencv_name(path: Path) -> str:
 def write_video(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> int:
     """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number.
 
-    Of an odd side the codec leaves the last pixel out.
-
-    The file appears when it is whole. Raises RunError if it cannot be written, such as on a full disk: OpenCV does not
-    say so, and what was written is therefore read again.
+    The codec leaves out the last pixel of an odd side. The file appears when it is whole. Raises RunError if it cannot
+    be written, such as on a full disk: OpenCV does not say so, and what was written is therefore read again.
     """
     count = 0
     with atomic_path(path) as temporary:

@@ -87,13 +87,12 @@ class TrainingState:
         if state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
         kept: dict[int, dict] = {}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, tensor in state["optimizer_state"].items():
             index, key = name.split(".")
-            kept.setdefault(int(index), {})[key] = tensor
+            p = parameters[int(index)]  # whose memory format fused updates need
+            kept.setdefault(int(index), {})[key] = torch.empty_like(p).copy_(tensor) if key != "step" else tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
-        for p, of_weight in self.optimizer.state.items():  # fused updates need the weight's own memory format
-            of_weight |= {key: torch.empty_like(p).copy_(tensor) for key, tensor in of_weight.items()
-                          if tensor.shape == p.shape}
         # The schedule depends on the update and on the flags alone, so that it has no further state.
         self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
         self.ema.updates, self.history, self.best_miou = state["updates"], list(state["history"]), state["best_miou"]
