@@ -27,7 +27,7 @@ def train_transform(crop_size: tuple[int, int], void_id: int, scale: tuple[float
     return A.Compose([
         A.PadIfNeeded(least, least, **padding),
         A.RandomScale((scale[0] - 1, scale[1] - 1), interpolation=cv2.INTER_LINEAR,
-                      mask_interpolation=cv2.INTER_NEAREST, area_for_downscale="image", p=1),
+                      mask_interpolation=cv2.INTER_NEAREST_EXACT, area_for_downscale="image", p=1),
         A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random", **padding),
         A.HorizontalFlip(p=0.5),
         A.Sequential(appearance(jitter), p=0.5 if jitter else 0),

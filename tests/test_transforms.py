@@ -36,6 +36,15 @@ def test_image_and_mask_stay_aligned(crop, void_id):
             assert not inside.any() or np.abs(image[inside] - PALETTE[i]).max() < 2
 
 
+@pytest.mark.parametrize("scale", [0.4, 0.65])
+def test_a_scaled_mask_is_not_shifted_against_its_image(scale):
+    """Both hold where their pixels came from, which agrees but for rounding to whole pixels, and that on average."""
+    for place in np.mgrid[0:160, 0:200].astype(np.uint8):
+        sample = train_transform((40, 50), 255, (scale, scale), jitter=0)(image=np.dstack([place] * 3), mask=place)
+        shift = 255 * (sample["image"][0].numpy() * STD[0] + MEAN[0]) - sample["mask"].numpy()
+        assert abs(shift.mean()) < 0.15
+
+
 def test_flips_left_and_right_but_never_upside_down():
     flipped = []
     for _, mask in draw(80, QUARTERS, (150, 200)):
