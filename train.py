@@ -53,7 +53,7 @@ def get_args_parser() -> Parser:
     parser = Parser(prog="train.py", description=__doc__)
     add_data_flags(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODEL_NAMES, default="unet", help="network")
+    add("--model", choices=MODEL_NAMES, help="network; by default unet")
     add("--width", type=number(int, 1, MAX_WIDTH), metavar="N",
         help="channels at full size; by default 64, ResNet encoders 16")
     add("--pretrained", action="store_true", help="start a ResNet encoder from ImageNet weights")
@@ -83,20 +83,19 @@ def resolve_flags(args) -> tuple[RunFiles, dict | None]:
     """
     if args.data_root is None:
         raise UserError("--data_root DIR is needed, the folder with train/ and train_labels/ (or try --demo)")
-    # A file that is named in --resume restores everything; that of --init_from may have been moved aside since.
-    checkpoint = load_checkpoint(args.init_from) if args.init_from and args.resume in (None, "auto") else None
-    if checkpoint:
+    path, checkpoint = resumed_file(args.resume, args.checkpoint, args.model), None
+    if path:  # restores everything; the file of --init_from may have been moved aside since
+        checkpoint = load_checkpoint(path, training=True)
+        stored = checkpoint["config"]["train"]
+        take_flags(args, get_args_parser(), {name: stored.get(name) for name in KEPT_FLAGS}, path)
+    elif args.init_from:
+        checkpoint = load_checkpoint(args.init_from)
         model = checkpoint["config"]["model"]
         described = {"model": model["name"], "width": model["options"]["width"]}
         take_flags(args, get_args_parser(), described, args.init_from)
         if described != {key: getattr(args, key) for key in described}:
             raise UserError("{}: holds a {model} of width {width}; leave --model and --width out".format(args.init_from,
                                                                                                    **described))
-    path = resumed_file(args.resume, RunFiles(args.checkpoint, args.model).path("last.pth"))
-    if path:
-        checkpoint = load_checkpoint(path, training=True)
-        stored = checkpoint["config"]["train"]
-        take_flags(args, get_args_parser(), {name: stored.get(name) for name in KEPT_FLAGS}, path)
     args.resume = path
     resolve_recipe(args)
     args.val_every = args.val_every or max(1, args.epochs // 25)

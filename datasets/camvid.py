@@ -4,6 +4,7 @@
     root/train root/trainannot   root/val root/valannot …     the SegNet copy: ids 0 Sky … 10 Bicyclist, 11 void
     root/images root/masks                                    one folder, of which a part is held out for validation
 """
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from datasets.classes import CAMVID, CAMVID32, UNKNOWN, ClassSet
@@ -95,18 +97,17 @@ def find_split(root: Path, split: str, val_percent: float | None = None) -> tupl
 
 def held_out(stems: list[str], percent: float) -> set[str]:
     """The names of at least ``percent`` of the images: the smallest groups whose names differ only in the number at
-    their end, whole, because neighbouring frames of a video are nearly equal. Of a single group its last images.
+    their end, whole, because neighbouring frames of a video are nearly equal; of the largest at most its last images.
     """
-    wanted, groups = max(1, round(len(stems) * percent / 100)), dict[str, list[str]]()
-    for stem in sorted(stems):
+    wanted = min(len(stems) - 1, math.ceil(len(stems) * percent / 100))
+    held, groups = set[str](), dict[str, list[str]]()
+    for stem in sorted(stems, key=lambda stem: (len(stem), stem)):  # frame10 after frame9
         groups.setdefault(stem.rstrip("0123456789"), []).append(stem)
-    if len(groups) == 1:
-        return set(sorted(stems, key=lambda stem: (len(stem), stem))[-wanted:])  # frame10 after frame9
-    held: set[str] = set()
-    for group in sorted(groups.values(), key=len)[:-1]:
+    *smaller, largest = sorted(groups.values(), key=len)
+    for group in smaller:
         if len(held) < wanted:
             held.update(group)
-    return held
+    return held | set(largest[len(largest) - max(0, wanted - len(held)):])
 
 
 def standard_split(stem: str) -> str | None:
@@ -188,11 +189,11 @@ class CamVidDataset(Dataset):
         return self.__dict__ | {"kept": []}  # a spawned worker reads the files
 
     def __getitem__(self, key: int | tuple[int, int]):
-        index, seed = key if isinstance(key, tuple) else (key, None)
+        index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**32, ())))
         image, mask = map(np.copy, self.kept[index]) if self.kept else self.read(index)
         if self.transform is None:
             return image, mask
-        if seed is not None:
+        if hasattr(self.transform, "set_random_state"):
             self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         sample = self.transform(image=image, mask=mask)
         return sample["image"], sample["mask"].long()

@@ -122,8 +122,9 @@ def table_of_masks(root: Path, splits: Iterable[str]) -> list[str]:
     for path in progress(masks, desc="colours"):
         image = to_rgb(open_image(path))
         found.update({color: count for count, color in image.getcolors(image.width * image.height)})  # type: ignore
-    highest = max(map(max, found))
-    if len(found) > 1 and highest < 64 and all(r == g == b for r, g, b in found):
+    ids = found.keys() - {(UNKNOWN,) * 3}  # the usual void of id masks
+    highest = max(map(max, ids), default=0)
+    if len(ids) > 1 and highest < 64 and all(r == g == b for r, g, b in ids):
         raise UserError(f"{root}: the masks hold class ids from 0 to {highest}, not colours; give --label_format ids "
                         f"--num_classes {highest + 1}")
     if len(found) > MOST_COLORS:
@@ -196,11 +197,8 @@ def main(args) -> int:
     root, table = args.data_root, args.data_root / "class_dict.csv"
     if not args.write_classes:
         classes = camvid.find_classes(root, args.data_name, args.label_format, args.num_classes)
-    splits = [split for split in ("train", "val", "test")
-              if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
-    if not splits:
-        camvid.find_folders(root, "train")  # raises if there is no folder without splits either
-        splits = ["train", "val"]
+    camvid.find_folders(root, "train")  # raises where there is nothing to check
+    splits = ["train", "val", *(["test"] if (root / "test").is_dir() else [])]
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")

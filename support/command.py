@@ -25,6 +25,8 @@ OUTSIDE = {
     r"MemoryError|out of memory|(can't|annot|nable to|ailed to) allocate|bad_alloc|ALLOC_FAILED|calculation overflowed|"
     r"failed to map segment|start new thread|could not (create|execute) a primitive":
         "out of memory; lower --batch_size, --crop_size, --width, --tile or --workers",
+    r"No working C\+\+ compiler|Failed to find C compiler":
+        "--compile needs a C++ compiler; install one, or leave it out",
     r"Connection (closed|reset) by peer": "another process of this run has ended"}
 
 

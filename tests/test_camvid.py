@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import COLORS, COLORS32, MERGED, PALETTE, make_pair, opened, save, write_csv
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from datasets.camvid import CamVidDataset, EpochSampler, find_classes, find_pairs, find_split, held_out, read_mask
 from datasets.check import check_data
@@ -157,13 +158,27 @@ def test_a_sample_depends_on_index_and_seed_alone(scenes):
     assert not any(torch.equal(samples[index, 1][0], samples[index, 2**32 - 1][0]) for index in range(4))
 
 
+def test_without_a_seed_no_two_samples_of_any_process_and_epoch_are_the_same(scenes):
+    loader = DataLoader(CamVidDataset(scenes, "train", CAMVID, train_transform((40, 56), 0)), num_workers=2)
+    assert len({image.numpy().tobytes() for _ in range(2) for image, _ in loader}) == 8
+
+
+def test_a_transform_is_any_function(scenes):
+    def transform(image, mask):
+        return {"image": torch.from_numpy(image[:8]), "mask": torch.from_numpy(mask[:8])}
+    dataset = CamVidDataset(scenes, "train", CAMVID, transform)
+    assert len(dataset[0][1]) == 8 and torch.equal(dataset[0, 7][0], dataset[0][0])
+
+
 @pytest.mark.parametrize("stems, percent, held", [
     ([f"a{i:03}" for i in range(20)], 10, {"a018", "a019"}),  # one video: its end
     ([f"a{i}" for i in range(12)], 25, {"a9", "a10", "a11"}),
     ([f"{drive}_{i}" for drive in "abc" for i in range({"a": 50, "b": 6, "c": 40}[drive])], 5,
      {f"b_{i}" for i in range(6)}),
     ([f"{drive}_{i}" for drive in "abc" for i in range(30)], 40, {f"{drive}_{i}" for drive in "ab" for i in range(30)}),
-    (["left", "right"], 10, {"left"}), (["a1", "a2"], 1, {"a2"}), (["a1", "b1"], 90, {"a1"}),
+    (["left", "right"], 10, {"left"}), (["a1", "a2"], 1, {"a2"}), (["a1", "b1"], 90, {"a1"}), (["a1"], 50, set()),
+    (["photo", *(f"a{i}" for i in range(29))], 10, {"photo", "a27", "a28"}),  # and the end of the longest, if too few
+    ([f"a{i}" for i in range(14)], 10, {"a12", "a13"}),  # at least a tenth
 ])
 def test_held_out_for_validation_are_whole_videos(stems, percent, held):
     assert held_out(stems, percent) == held

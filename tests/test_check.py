@@ -113,6 +113,25 @@ def test_few_and_small_frames_train(tmp_path, call, stems, size):
     assert call("train.py", "--data_root", "data", *SMALL, "--scale", 0.1, 0.4)[0] == 0
 
 
+@pytest.mark.parametrize("values, said", [
+    ((0, 1, 2), "ids from 0 to 2, not colours; give --label_format ids --num_classes 3"),
+    ((0, 1, 2, 255), "ids from 0 to 2, not colours; give --label_format ids --num_classes 3"),
+    ((0, 255), "Background,0,0,0"), ((255,), "class 0,255,255,255")])
+def test_masks_of_ids_get_no_table_of_colours(tmp_path, call, values, said):
+    for split in ("train", "val"):
+        save(make_pair(tmp_path, "a", split=split)[1], np.resize(np.array(values, np.uint8), (12, 16)))
+    _, out, err = call("datasets.check", "--data_root", tmp_path, "--write_classes")
+    assert said in out + err
+
+
+def test_without_val_the_command_says_what_training_would(tmp_path, call):
+    make_pair(tmp_path, "a")
+    flags = "--data_root", tmp_path
+    status, out, _ = call("datasets.check", *flags)
+    said = out.splitlines()[-1].strip()
+    assert status == 1 and "val" in said and said in call("train.py", *flags, *SMALL)[2]
+
+
 def test_command_on_good_data(scenes, call):
     status, out, err = call("datasets.check", "--data_root", scenes)
     assert status == 0 and err == ""

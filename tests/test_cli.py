@@ -178,6 +178,23 @@ def test_a_resume_reads_the_data_and_computes_as_before(scenes, tmp_path, call):
     assert [flags[name[2:]] for name in data[::2]] == [*data[1::2]] and len(rows(tmp_path)) == 2
 
 
+def test_resume_auto_finds_the_run_whatever_its_model(scenes, tmp_path, call):
+    """Its file of --init_from, too, may be gone: a run in the same folder moves it aside."""
+    data = "--data_root", scenes
+    assert call("train.py", *data, *SMALL, "--epochs", 1, "--model", "unet_resnet18", "--max_side", 0)[0] == 0
+    tune = *data, "--crop_size", 64, "--device", "cpu", "--init_from", "checkpoint/unet_resnet18_best.pth"
+    assert call("train.py", *tune, "--epochs", 1)[0] == 0
+    (tmp_path / "checkpoint" / "unet_resnet18_best.pth").unlink()  # as before the first validation
+    status, out, err = call("train.py", *tune, "--epochs", 2, "--resume", "auto", "--lr", 0.02)
+    assert (status, err) == (0, "") and "resumed after epoch 1, best" in out
+    status, out, _ = call("train.py", *data, "--epochs", 3, "--resume", "auto")
+    last = torch.load(tmp_path / "checkpoint" / "unet_resnet18_last.pth", weights_only=True)
+    assert status == 0 and "resumed after epoch 2" in out and not (tmp_path / "checkpoint" / "unet_last.pth").exists()
+    assert last["config"]["train"]["lr"] == 0.02 and last["config"]["max_side"] == 96
+    aside = next(tmp_path.glob("checkpoint/*_until_*/unet_resnet18_last.pth"))
+    assert torch.load(aside, weights_only=True)["config"]["max_side"] == 0
+
+
 @pytest.mark.parametrize("recipe", ["--scheduler step", "--scheduler onecycle --optimizer adamw",
                                     "--momentum 0 --ema 0"])
 def test_a_finished_run_is_extended_by_its_stored_flags(scenes, tmp_path, call, recipe):

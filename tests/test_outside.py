@@ -41,6 +41,7 @@ def test_what_happens_during_the_imports_is_one_line(tmp_path, command, happens,
 @pytest.mark.parametrize("error, status, said", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more"), 1, "out of memory; lower"),
     (RuntimeError("could not create a primitive"), 1, "out of memory; lower"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx"), 1, "--compile needs a C++"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "out of memory; lower"),
     (ConnectionResetError(104, "Connection reset by peer"), 1, "a process that loads data was lost"),
     (RuntimeError("[gloo/tcp/pair.cc:534] Connection closed by peer [::1]:80"), 1, "another process of this run"),

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from support.command import Parser, UserError, number
 
 WARMUP_STEPS = 100
-FINE_TUNING = 0.2  # of the learning rate from scratch
+FINE_TUNING = 5  # divides the learning rate; a factor of 0.2 would make it 0.020000000000000004
 
 
 def add_recipe_flags(parser: Parser) -> None:
@@ -20,7 +20,7 @@ def add_recipe_flags(parser: Parser) -> None:
     add("--batch_size", type=number(int, 1), default=4, help="crops per update")
     add("--crop_size", type=number(int, 1), nargs="+", default=[224], metavar="PX", help="height and width of crops")
     add("--max_side", type=number(int, 0), metavar="PX", help="shrink longer images to it, in training and prediction; "
-        "scores stay at the masks' own size; when not given: the longest side of the training images")
+        "0: never; scores stay at the masks' own size; when not given: the longest side of the training images")
     add("--scale", type=number(float, 0.1, 10), nargs=2, default=[0.4, 1.2], metavar=("MIN", "MAX"),
         help="range of the random scale before cropping")
     add("--jitter", type=number(float, 0, 1), default=0.4,
@@ -46,6 +46,7 @@ def add_recipe_flags(parser: Parser) -> None:
 
 def resolve_recipe(args) -> None:
     """Fill in the defaults that depend on other flags. Raises UserError where flags contradict each other."""
+    args.model = args.model or "unet"
     if args.pretrained and args.model == "unet":
         raise UserError("--pretrained: ImageNet weights are those of ResNet encoders; add --model unet_resnet34")
     smallest = 32 if args.model == "unet" else 64  # two pixels at the bottom, for batch norm to have a variance
@@ -56,7 +57,7 @@ def resolve_recipe(args) -> None:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller number comes first")
     args.crop_size = args.crop_size * 2 if len(args.crop_size) == 1 else args.crop_size
     args.width = args.width or (64 if args.model == "unet" else 16)
-    args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001) * (FINE_TUNING if args.init_from else 1)
+    args.lr = args.lr or (0.1 if args.optimizer == "sgd" else 0.001) / (FINE_TUNING if args.init_from else 1)
     args.scheduler = args.scheduler or ("step" if args.step_size or args.gamma else "onecycle")
     args.step_size, args.gamma = args.step_size or -(-args.epochs // 3), args.gamma or 0.2
 

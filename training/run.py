@@ -116,13 +116,14 @@ def take_flags(args, parser: Parser, stored: dict, path: Path) -> None:
     parser.parse_args([*words, *sys.argv[1:]], args)
 
 
-def resumed_file(resume: str | None, last: Path) -> Path | None:
+def resumed_file(resume: str | None, folder: Path, model: str | None) -> Path | None:
     """The ``_last.pth`` that --resume means; of ``_best.pth``, which holds weights alone, the one beside it.
 
-    last: the one in --checkpoint.
+    auto: the newest in ``folder``, if there is one; of ``model`` where that is typed.
     """
     if resume in (None, "auto"):
-        return last if resume and last.is_file() else None
+        found = [path for path in folder.glob(f"{model or '*'}_last.pth") if resume and path.is_file()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
     path = Path(resume)
     beside = path.with_name(path.name.replace("_best.pth", "_last.pth"))
     return beside if beside.is_file() else path
@@ -132,7 +133,7 @@ def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
     """What a checkpoint says of itself."""
     return {"model": {"name": args.model, "options": {"width": args.width}}, "classes": classes.to_dict(),
             "normalize": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "max_side": args.max_side or max(map(max, reports["train"].sizes)),
+            "max_side": max(map(max, reports["train"].sizes)) if args.max_side is None else args.max_side,
             "train": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}}
 
 
@@ -198,7 +199,8 @@ def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint:
         state.restore(args.resume, checkpoint, config)
         here = args.resume.resolve() == files.path("last.pth").resolve()
         best = best_beside(args.resume, state.best_miou)
-        print(f"resumed after epoch {state.epoch}, best val mIoU {state.best_miou:.3f}, from {args.resume}"
+        scored = f", best val mIoU {state.best_miou:.3f}" if state.best_miou >= 0 else ""
+        print(f"resumed after epoch {state.epoch}{scored}, from {args.resume}"
               + ("; nothing is left to train, a larger --epochs goes on" if state.epoch >= args.epochs else ""))
     if is_main_process():
         if not here:
