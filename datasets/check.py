@@ -197,8 +197,11 @@ def main(args) -> int:
     root, table = args.data_root, args.data_root / "class_dict.csv"
     if not args.write_classes:
         classes = camvid.find_classes(root, args.data_name, args.label_format, args.num_classes)
-    camvid.find_folders(root, "train")  # raises where there is nothing to check
-    splits = ["train", "val", *(["test"] if (root / "test").is_dir() else [])]
+    splits = [split for split in ("train", "val", "test")
+              if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
+    if not splits:
+        camvid.find_folders(root, "train")  # raises if there is no folder without splits either
+        splits = ["train", "val"]
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")

@@ -124,14 +124,6 @@ def test_masks_of_ids_get_no_table_of_colours(tmp_path, call, values, said):
     assert said in out + err
 
 
-def test_without_val_the_command_says_what_training_would(tmp_path, call):
-    make_pair(tmp_path, "a")
-    flags = "--data_root", tmp_path
-    status, out, _ = call("datasets.check", *flags)
-    said = out.splitlines()[-1].strip()
-    assert status == 1 and "val" in said and said in call("train.py", *flags, *SMALL)[2]
-
-
 def test_command_on_good_data(scenes, call):
     status, out, err = call("datasets.check", "--data_root", scenes)
     assert status == 0 and err == ""
