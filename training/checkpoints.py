@@ -74,10 +74,15 @@ def upgrade(state: Any) -> dict:
     return state
 
 
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The newest file of a folder whose name fits the pattern, if there is one."""
+    found = [path for path in folder.glob(pattern) if path.is_file()]  # a link may lead nowhere
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
     """The newest ``*_best.pth`` of a folder, else the shipped weights."""
-    found = [path for path in folder.glob("*_best.pth") if path.is_file()]  # a link may lead nowhere
-    return max(found, key=lambda path: path.stat().st_mtime, default=SHIPPED)
+    return newest(folder, "*_best.pth") or SHIPPED
 
 
 def load_weights(model: nn.Module, checkpoint: dict, classes: ClassSet) -> str:

@@ -17,7 +17,7 @@ from datasets.classes import ClassSet
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from support.command import Parser, RunError, UserError, is_main_process
 from support.files import atomic_path, write_file
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import load_checkpoint, newest, save_checkpoint
 from training.distributed import world_size
 from training.recipe import WeightAverage
 
@@ -121,9 +121,10 @@ def resumed_file(resume: str | None, folder: Path, model: str | None) -> Path | 
 
     auto: the newest in ``folder``, if there is one; of ``model`` where that is typed.
     """
-    if resume in (None, "auto"):
-        found = [path for path in folder.glob(f"{model or '*'}_last.pth") if resume and path.is_file()]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if resume is None:
+        return None
+    if resume == "auto":
+        return newest(folder, f"{model or '*'}_last.pth")
     path = Path(resume)
     beside = path.with_name(path.name.replace("_best.pth", "_last.pth"))
     return beside if beside.is_file() else path
