@@ -168,12 +168,6 @@ def open_checkpoint(path: Path, args) -> tuple[Predictor, ClassSet]:
 
 
 def main(args) -> int:
-    with locked(args.save_dir):
-        return run(args)
-
-
-def run(args) -> int:
-    """Predict what the flags name. Returns the exit status."""
     if args.image_dir is None:
         raise UserError("--image_dir PATH is needed: a folder of images, one file, or a pattern (or try --demo)")
     if args.demo and not args.checkpoint.is_file():
@@ -185,20 +179,26 @@ def run(args) -> int:
     if video and (args.report or args.skip_existing or not args.overlay):
         raise UserError(f"{video}: of a video there is an overlay alone; leave out --report, --skip_existing and "
                         f"--no-overlay")
-    checkpoint = args.checkpoint or default_checkpoint()
-    predictor, classes = open_checkpoint(checkpoint, args)
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
     names = dict(zip(images, output_names(images)))
+    with locked(args.save_dir):
+        args.checkpoint = args.checkpoint or default_checkpoint()
+        predictor, classes = open_checkpoint(args.checkpoint, args)
+        if left_out:
+            print(left_out, file=sys.stderr)
+        if video:
+            print(f"{args.checkpoint} on {video}", flush=True)
+            return predict_video(video, predictor, classes, args)
+        return run(names, predictor, classes, args)
+
+
+def run(names: dict[Path, str], predictor: Predictor, classes: ClassSet, args) -> int:
+    """Predict the images, under these names, and say what was found. Returns the exit status."""
     if args.report:
         make_folder(args.report)
-    if left_out:
-        print(left_out, file=sys.stderr)
-    if video:
-        print(f"{checkpoint} on {video}", flush=True)
-        return predict_video(video, predictor, classes, args)
     names = without_existing(names, args) if args.skip_existing else names
-    print(f"{checkpoint} on {len(names)} image{'s' * (len(names) != 1)}", flush=True)
+    print(f"{args.checkpoint} on {len(names)} image{'s' * (len(names) != 1)}", flush=True)
     report = Report(classes)
     pixels, broken, shrunk = predict_images(names, predictor, classes, report, args)
     done = len(names) - broken
@@ -207,7 +207,7 @@ def run(args) -> int:
     print(f"wrote {done} mask{'s' * (done != 1)}{f' and {done} overlay' + 's' * (done != 1) if args.overlay else ''} "
           f"to {args.save_dir}")
     if args.report:
-        title = f"{checkpoint.stem} on {args.image_dir[0]}{' …' * (len(args.image_dir) > 1)}"
+        title = f"{args.checkpoint.stem} on {args.image_dir[0]}{' …' * (len(args.image_dir) > 1)}"
         print(f"wrote {report.write(args.report, title, pixels=pixels)}")
     if shrunk:
         print(f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged again; --max_side 0 takes "

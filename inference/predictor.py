@@ -1,6 +1,7 @@
 """From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,13 @@ class Predictor:
         if size == images.shape[-2:]:
             yield from self._tiles(size, lambda window: images[..., *window])
             return
-        height, width = size
-        tall = _resize(self.probabilities(images), (height, images.shape[-1]))
-        rows = max(1, self.tile ** 2 // width)
-        for top in range(0, height, rows):
-            strip = tall[..., top:top + rows, :]
-            yield (slice(top, top + rows), slice(width)), _resize(strip, (strip.shape[2], width))
+        prob, (height, width) = self.probabilities(images), size
+        last, rows = prob.shape[2] - 1, max(1, self.tile ** 2 // width)
+        for y in torch.arange(height, device=self.device).split(rows):  # bilinear, as `_resize` is, but rows at a time
+            center = ((y + 0.5) * (prob.shape[2] / height) - 0.5).clamp(0, last)
+            above = center.long()
+            strip = prob[:, :, above].lerp(prob[:, :, (above + 1).clamp_max(last)], (center - above)[:, None])
+            yield (slice(int(y[0]), int(y[-1]) + 1), slice(width)), _resize(strip, (len(y), width))
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -127,11 +129,7 @@ class Predictor:
         """The mean of the probabilities over all views."""
         self.model.eval()
         images = images.to(self.device, non_blocking=True)
-        first, *others = self.views
-        total = self._view(images, *first)
-        for view in others:
-            total.add_(self._view(images, *view))
-        return total.div_(len(self.views))
+        return reduce(Tensor.add_, (self._view(images, *view) for view in self.views)).div_(len(self.views))
 
     def _view(self, images: Tensor, scale: float, flip: bool) -> Tensor:
         """The probabilities of the images seen at another scale, or mirrored."""

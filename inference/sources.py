@@ -22,8 +22,8 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     deeper = Counter[Path]()
     for pattern in patterns:
         path = Path(pattern)
-        found = [*path.iterdir()] if path.is_dir() else [path] if path.is_file() else [
-            *map(Path, glob.glob(pattern, recursive=True))]
+        found = ([child for child in path.iterdir() if not child.name.startswith(".")] if path.is_dir() else
+                 [path] if path.is_file() else [*map(Path, glob.glob(pattern, recursive=True))])
         if not found and not path.is_dir():
             raise UserError(f"{pattern}: no such file or folder")
         names += found
@@ -31,8 +31,7 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
             deeper[path] = sum(name.suffix.lower() in IMAGE_SUFFIXES for name in path.glob("[!.]*/[!.]*"))
     # A pattern with ** follows links to folders, in circles too: each file once, by its shortest way.
     names.sort(key=lambda name: -len(name.parts))
-    names = [name for name in {(name.parent.resolve(), name.name): name for name in names}.values()
-             if not name.name.startswith(".")]
+    names = [*{(name.parent.resolve(), name.name): name for name in names}.values()]
     images = sorted(name for name in names if name.suffix.lower() in IMAGE_SUFFIXES)
     kinds = Counter(name.suffix.lower() for name in names)
     known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *UNREADABLE)
@@ -40,7 +39,8 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     left = [*(f"{kinds[kind]} {kind} (give a video by its name)" for kind in VIDEO_SUFFIXES if kinds[kind]),
             *(f"{kinds[kind]} {kind} (not read; convert to JPEG or PNG)" for kind in UNREADABLE if kinds[kind]),
             *(f"{name} (of an unknown kind; give it alone)" for name in other[:3]),
-            *(f"{count} images in subfolders (give '{path}/**')" for path, count in deeper.items() if count)]
+            *(f"{count} image{'s' * (count != 1)} in subfolders (give '{glob.escape(str(path))}/**')"
+              for path, count in deeper.items() if count)]
     line = f"left out: {', '.join(left)}" if left else ""
     if not images:
         raise UserError(f"{' '.join(patterns)}: no images in it ({' '.join(IMAGE_SUFFIXES)})"
@@ -53,10 +53,11 @@ def output_names(images: list[Path]) -> list[str]:
 
     a.jpg and a.png become a_jpg and a_png; x/a.png and y/a.png become x_a_png and y_a_png.
     """
-    root = os.path.commonpath([image.absolute().parent for image in images])
+    absolute = {image: Path(os.path.abspath(image)) for image in images}  # .. would become __
+    root = os.path.commonpath([path.parent for path in absolute.values()])
     stems = Counter(image.stem.casefold() for image in images)  # some file systems ignore the case of a name
     names = [image.stem if stems[image.stem.casefold()] == 1 else
-             os.path.relpath(image.absolute(), root).replace(os.sep, "_").replace(".", "_") for image in images]
+             os.path.relpath(absolute[image], root).replace(os.sep, "_").replace(".", "_") for image in images]
     name, count = Counter(map(str.casefold, names)).most_common(1)[0]
     if count > 1:
         raise UserError(f"the outputs of {count} images would be called {name}; rename one")

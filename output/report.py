@@ -29,7 +29,7 @@ class Report:
     def add(self, name: str, image: np.ndarray, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """image: (H, W, 3) uint8 RGB. ids, the prediction, and mask: (H', W') class ids."""
         size = limited_size(ids.shape, SIDE)[::-1]
-        shown = ids if mask is None else np.where(mask == self.void_id, ids, mask)
+        shown = ids if mask is None else mask
         card: dict[str, Any] = {
             "name": name, "present": [k for k, i in enumerate(self.classes.scored) if (shown == i).any()],
             "image": _data_url(Image.fromarray(image), size, "webp", quality=60),

@@ -28,9 +28,11 @@ def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: 
 
 def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:
     """The image with a box of the ``shown`` classes' colours and names in its lower left corner, if it fits legibly."""
+    import matplotlib  # whose font knows more letters than Pillow's
+
     names = [(classes.names[i], classes.colors[i]) for i in shown]
     row = min(image.height // 24, (image.height - 4) // (len(names) + 1))
-    font = ImageFont.load_default(max(1, round(0.8 * row)))
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), max(1, round(0.7 * row)))
     width = round(2.5 * row + max(font.getlength(name) for name, _ in names))
     if row < 8 or width > image.width:
         return image

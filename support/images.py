@@ -18,7 +18,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns at 89 and raise
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """The decoded first frame of an image file, upright by its EXIF tag. Raises UserError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO or a device would never end
@@ -45,7 +45,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB, upright by its EXIF tag.
 
     Grey, palette, RGBA, CMYK and 16-bit files are converted. Raises UserError if it cannot be read.

@@ -43,6 +43,8 @@ def read_table(text: str) -> dict[str, tuple[int, int, int]]:
     return {name: tuple(map(int, color.split(","))) for name, color in map(str.split, text.split(";"))}
 
 
+TURNED = Image.Exif()
+TURNED[0x112] = 6  # the camera was turned: the upright image is the stored one turned clockwise
 COLORS = read_table(CLASSES)
 MERGED = {into: read_table(text) for into, text in (line.strip().split(" ← ") for line in MERGES.split("."))}
 COLORS32 = COLORS | {name: color for colors in MERGED.values() for name, color in colors.items()}

@@ -174,4 +174,4 @@ def test_mistakes_change_nothing(call, trained, scenes, tmp_path, typed, said):
     command, *flags = (word.replace("SCENES", str(scenes)).replace("TMP", str(tmp_path)).replace("EMPTY", "")
                        for word in typed.split())
     status, out, err = call(command, *(SMALL if command == "train.py" else ()), *flags, cwd=trained)
-    assert status == 2 and said in err
+    assert status == 2 and said in err and not (tmp_path / ".lock").exists()

@@ -208,11 +208,12 @@ def test_prediction_of_many_files_stays_flat_and_goes_on_where_it_was_killed(tra
 
 @needs_proc
 @pytest.mark.slow
-def test_a_photograph_of_88_megapixels_takes_less_than_two_gigabytes(tmp_path):
+@pytest.mark.parametrize("max_side", [480, 2000])
+def test_a_photograph_of_88_megapixels_takes_less_than_two_gigabytes(tmp_path, max_side):
     image = Image.linear_gradient("L").resize((11_000, 8_000)).convert("RGBA")
     image.save(tmp_path / "photo.png", compress_level=1)
     process = start("predict.py", "--image_dir", "photo.png", "--save_dir", "out", "--checkpoint", SHIPPED,
-                    cwd=tmp_path)
+                    "--max_side", max_side, cwd=tmp_path)
     peak, status = 0, Path(f"/proc/{process.pid}/status")
     while process.poll() is None:  # not wait4's peak: a started program inherits that of the one which started it
         known = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())  # of a process that has just ended nothing

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PALETTE, REPO, code_blocks, compare_per_class, finish, opened, start
+from conftest import PALETTE, REPO, TURNED, code_blocks, compare_per_class, finish, opened, start
 from PIL import Image
 
 from datasets.synthetic import generate_scene
@@ -24,7 +24,8 @@ sys.path.append(str(REPO / "benchmarks"))
 def exported(tmp_path_factory) -> Path:
     """A folder with model.onnx, which takes images, logits.onnx, and photo.jpg."""
     folder = tmp_path_factory.mktemp("export")
-    generate_scene(3, 131, 90)[0].save(folder / "photo.jpg", quality=95)
+    on_its_side = generate_scene(3, 131, 90)[0].transpose(Image.Transpose.ROTATE_90)
+    on_its_side.save(folder / "photo.jpg", quality=95, exif=TURNED)
     out, err = finish(start("export.py", "--out", "model.onnx", "--with_preprocessing", cwd=folder))
     assert "wrote model.onnx" in out and err == ""
     export_onnx(SHIPPED, folder / "logits.onnx", False)

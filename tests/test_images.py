@@ -2,7 +2,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import save
+from conftest import TURNED, save
 from PIL import Image
 
 from support.command import UserError
@@ -13,8 +13,6 @@ GREY = rng.integers(0, 256, (6, 9), dtype=np.uint8)
 RGB = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
 THREE_GREY = np.repeat(GREY[..., None], 3, 2)
 PALETTE = Image.fromarray(THREE_GREY).convert("P", palette=Image.Palette.ADAPTIVE)
-TURNED = Image.Exif()
-TURNED[0x112] = 6  # the camera was turned: the upright image is the stored one turned clockwise
 SMOOTH = np.array(Image.fromarray(RGB).resize((48, 48)))  # JPEG changes it little
 
 

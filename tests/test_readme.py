@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import COLORS, REPO, SMALL, code_blocks, opened, save
+from conftest import COLORS, REPO, SMALL, TURNED, code_blocks, opened, save
 from PIL import Image
 
 import train
@@ -64,12 +64,13 @@ def test_flags_named_in_the_readme_exist():
 
 
 def test_the_readmes_code_predicts(tmp_path, monkeypatch, capsys):
-    generate_scene(3, 131, 90)[0].save(tmp_path / "photo.jpg")
+    on_its_side = generate_scene(3, 131, 90)[0].transpose(Image.Transpose.ROTATE_90)
+    on_its_side.save(tmp_path / "photo.jpg", exif=TURNED)
     (tmp_path / "checkpoint").symlink_to(REPO / "checkpoint")
     monkeypatch.chdir(tmp_path)
     code, = code_blocks("README.md", "python")
-    exec(code, {})
-    assert "'Road': '" in capsys.readouterr().out
+    exec(code, names := {})
+    assert names["ids"].shape == (90, 131) and "'Road': '" in capsys.readouterr().out
 
 
 def test_the_readme_has_the_classes_and_their_colors():

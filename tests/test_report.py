@@ -32,12 +32,12 @@ def decode(url: str, mode: str | None = None) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> tuple[Path, list]:
-    """Five images, in the i-th i tenths of the pixels wrong; cars in two of them, no class 3 at all."""
+    """Five images, in the i-th i tenths of the pixels wrong, void predicted as a car; cars in two, class 3 in none."""
     rng, classes = np.random.default_rng(0), ClassSet(("void", "a<b", "car", "</script>"), PALETTE[:4].tolist(), 0)
     report, metric, frames = Report(classes), SegmentationMetric(4, 0), []
     for i in (2, 0, 3, 1, 4):
         mask = rng.integers(0, 3 if i > 2 else 2, (40, 60), dtype=np.uint8)
-        ids = np.where((rng.random((40, 60)) < i / 10) & (mask > 0), 3 - mask, np.maximum(mask, 1))
+        ids = np.where(mask == 0, 2, np.where(rng.random((40, 60)) < i / 10, 3 - mask, mask))
         frames.append((f"frame {i}", np.full((40, 60, 3), (50 * i, 200, 90), np.uint8), ids, mask))
         report.add(*frames[-1])
         metric.update(ids, mask)

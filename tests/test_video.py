@@ -10,6 +10,7 @@ import pytest
 from conftest import save
 
 from datasets.synthetic import generate_scene
+from inference.sources import output_names
 from inference.video import VideoReader, write_video
 from support.command import UserError
 
@@ -70,22 +71,28 @@ def test_a_browser_plays_it(drive, tmp_path):
 def test_what_is_left_out_is_said_in_one_line(scenes, tmp_path, call, monkeypatch):
     """A video, photographs of a phone, images in subfolders; the shell's list of files is as good as a pattern."""
     photos, scene = tmp_path / "photos", min((scenes / "test").iterdir())
-    for name in ("a.png", "b c.png", "deep/d.png", "deep/.hidden.png"):
+    for name in ("a.png", "b c.png", ".hidden.png", "deep/d.png", "deep/.hidden.png", "[1]/a.png", "[1]/deep/a.png"):
         save(photos / name, np.zeros((12, 16, 3), np.uint8))
     for name in ("drive.mp4", "IMG_1.HEIC", "IMG_2.heic", "notes.txt"):
         (photos / name).write_bytes(b"")
     left = "left out: 1 .mp4 (give a video by its name), 2 .heic (not read; convert to JPEG or PNG)"
-    deeper = ", 1 images in subfolders (give 'photos/**')"
+    deeper = ", 2 images in subfolders (give 'photos/**')"
     for paths, said, count in ((["photos"], left + deeper + "\n", 2), (["photos/*"], left + "\n", 2),
-                               (["photos/a.png", "photos/b c.png"], "", 2), (["photos/**"], left + "\n", 3),
+                               (["photos/a.png", "photos/b c.png"], "", 2), (["photos/**"], left + "\n", 5),
+                               (["photos/.hidden.png", "photos/a.png"], "", 2), (["photos/[[]1]/**"], "", 2),
+                               (["photos/[1]"], "left out: 1 image in subfolders (give 'photos/[[]1]/**')\n", 1),
                                (["photos/a.png", str(scene)], "", 2), (["photos/a*", "photos/deep"], "", 2)):
         status, out, err = call("predict.py", "--image_dir", *paths, "--save_dir", "out")
-        assert status == 0 and err == said and f"on {count} images\n" in out, paths
+        assert status == 0 and err == said and f"on {count} image" in out, paths
     status, _, err = call("predict.py", "--image_dir", "photos/a.png", "photos/notes.txt")
     assert status == 0 and err == "left out: photos/notes.txt (of an unknown kind; give it alone)\n"
     for path in ("photos/*.mp4", "photos/*.HEIC", "photos/*.txt"):
         status, _, err = call("predict.py", "--image_dir", path)
         assert status == 2 and "no images in it" in err and ("left out: 1" in err) == (path[-1] != "t")
+
+
+def test_outputs_of_one_name_are_told_apart_by_their_folders_however_these_are_typed():
+    assert output_names([Path("b/../a/1.png"), Path("b/1.png")]) == ["a_1_png", "b_1_png"]
 
 
 @pytest.mark.parametrize("content", [b"no video", None])

@@ -4,7 +4,7 @@ import pytest
 from conftest import PALETTE, opened
 from PIL import Image
 
-from datasets.classes import CAMVID
+from datasets.classes import CAMVID, ClassSet
 from output.visualize import draw_legend, mask_image, overlay_image, panel_image, save_curves
 
 IDS = np.random.default_rng(0).permutation(17 * 33).reshape(17, 33) % 12
@@ -62,3 +62,9 @@ def test_legend_shows_these_classes_in_their_colours_in_its_corner_or_is_left_ou
     for size in ((480, 80), (60, 360), (1, 1)):  # too small to be legible
         image = Image.new("RGB", size, (10, 200, 10))
         assert (np.array(draw_legend(image.copy(), CAMVID, range(1, 12))) == np.array(image)).all()
+
+
+def test_legend_tells_letters_beyond_ascii_apart():
+    images = [draw_legend(Image.new("RGB", (480, 360)), ClassSet(("void", name), ((0, 0, 0), (1, 2, 3)), 0), [1])
+              for name in ("Straße", "Strase", "улица", "улипа")]
+    assert len({image.tobytes() for image in images}) == 4
