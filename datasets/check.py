@@ -217,6 +217,8 @@ def main(args) -> int:
     if moved:  # as most are in Kaggle's copy, which is split at random
         print(f"warning: the literature trains on {moved} frames that are not in train here; with their neighbours "
               f"in train, scores are too high; python -m datasets.download --from ARCHIVE restores the standard split")
+    if "train" in splits and "val" not in splits:
+        print(f"warning: train.py needs {root / 'val'} and its masks too, to choose the best epoch by")
     problems = find_problems(root, reports, classes)
     print(f"{len(problems)} problems", *problems, sep="\n  ")
     return 1 if problems else 0

@@ -124,9 +124,16 @@ def test_masks_of_ids_get_no_table_of_colours(tmp_path, call, values, said):
     assert said in out + err
 
 
+def test_a_folder_without_val_is_said_to_be_too_little_for_training(tmp_path, call):
+    make_pair(tmp_path, "a", np.array([[1, 2]], np.uint8))
+    status, out, _ = call("datasets.check", "--data_root", tmp_path)
+    assert status == 0 and "warning: train.py needs" in out
+    assert call("train.py", "--data_root", tmp_path)[0] == 2
+
+
 def test_command_on_good_data(scenes, call):
     status, out, err = call("datasets.check", "--data_root", scenes)
-    assert status == 0 and err == ""
+    assert status == 0 and err == "" and "warning" not in out
     assert all(said in out for said in ("train: 4 pairs", "val: 2 pairs", "test: 2 pairs", "96×72 (4)", *COLORS))
     masks = np.concatenate([opened(path) for path in (scenes / "train_labels").iterdir()])
     road = next(line for line in out.splitlines() if "Road" in line)
