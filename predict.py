@@ -53,7 +53,8 @@ def get_args_parser() -> Parser:
     add("--no-overlay", dest="overlay", action="store_false", default=argparse.SUPPRESS, help="write masks alone")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="opacity of the colours in overlays")
     add("--report", type=Path, metavar="DIR", help="folder for index.html, a page of all images")
-    add("--legend", action="store_true", help="draw the classes' names and colours into overlays")
+    add("--legend", action="store_true", help="draw the classes' colours and names into overlays, "
+        "names in Latin, Greek or Cyrillic letters")
     add("--skip_existing", action="store_true", help="leave out images whose pictures are there")
     add("--demo", action="store_true", help="predict the demo's test scenes with the demo's model")
     add_inference_flags(parser)
@@ -182,9 +183,9 @@ def main(args) -> int:
     if args.save_dir.resolve() in {folder.resolve() for folder in {image.parent for image in images}}:
         raise UserError(f"--save_dir {args.save_dir}: is the images' own folder; give another one")
     names = dict(zip(images, output_names(images)))
+    args.checkpoint = args.checkpoint or default_checkpoint()
+    predictor, classes = open_checkpoint(args.checkpoint, args)
     with locked(args.save_dir):
-        args.checkpoint = args.checkpoint or default_checkpoint()
-        predictor, classes = open_checkpoint(args.checkpoint, args)
         if left_out:
             print(left_out, file=sys.stderr)
         if video:

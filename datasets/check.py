@@ -199,9 +199,12 @@ def main(args) -> int:
         classes = camvid.find_classes(root, args.data_name, args.label_format, args.num_classes)
     splits = [split for split in ("train", "val", "test")
               if any((root / f"{split}{end}").is_dir() for end in ("", "_labels", "annot"))]
-    if not splits:
-        camvid.find_folders(root, "train")  # raises if there is no folder without splits either
-        splits = ["train", "val"]
+    try:
+        if camvid.find_folders(root, "train")[0] != root / "train":  # images/ and masks/, of which a part is val
+            splits = ["train", "val", *({"test"} & {*splits})]
+    except UserError:
+        if not splits:
+            raise
     if args.write_classes:
         if table.exists():
             raise UserError(f"{table} is there already; remove it first")

@@ -98,11 +98,12 @@ class Predictor:
             return
         prob, (height, width) = self.probabilities(images), size
         last, rows = prob.shape[2] - 1, max(1, self.tile ** 2 // width)
-        for y in torch.arange(height, device=self.device).split(rows):  # bilinear, as `_resize` is, but rows at a time
+        for top in range(0, height, rows):  # bilinear, as `_resize` is, but rows at a time
+            y = torch.arange(top, min(top + rows, height), device=self.device)
             center = ((y + 0.5) * (prob.shape[2] / height) - 0.5).clamp(0, last)
             above = center.long()
             strip = prob[:, :, above].lerp(prob[:, :, (above + 1).clamp_max(last)], (center - above)[:, None])
-            yield (slice(int(y[0]), int(y[-1]) + 1), slice(width)), _resize(strip, (len(y), width))
+            yield (slice(top, top + rows), slice(width)), _resize(strip, (len(y), width))
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

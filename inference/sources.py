@@ -1,6 +1,7 @@
 """From what a user types to the images, and to the names of their outputs."""
 import glob
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     if len(patterns) == 1 and Path(patterns[0]).is_file():
         return [Path(patterns[0])], ""
     names: list[Path] = []
-    deeper = Counter[Path]()
+    deeper: dict[Path, list[Path]] = {}
     for pattern in patterns:
         path = Path(pattern)
         found = ([child for child in path.iterdir() if not child.name.startswith(".")] if path.is_dir() else
@@ -28,10 +29,13 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
             raise UserError(f"{pattern}: no such file or folder")
         names += found
         if path.is_dir():
-            deeper[path] = sum(name.suffix.lower() in IMAGE_SUFFIXES for name in path.glob("[!.]*/[!.]*"))
+            deeper[path] = [name for name in path.glob("[!.]*/[!.]*") if name.suffix.lower() in IMAGE_SUFFIXES]
     # A pattern with ** follows links to folders, in circles too: each file once, by its shortest way.
     names.sort(key=lambda name: -len(name.parts))
-    names = [*{(name.parent.resolve(), name.name): name for name in names}.values()]
+    taken = {(name.parent.resolve(), name.name): name for name in names}
+    names = [*taken.values()]
+    missed = {path: sum((name.parent.resolve(), name.name) not in taken for name in found)
+              for path, found in deeper.items()}
     images = sorted(name for name in names if name.suffix.lower() in IMAGE_SUFFIXES)
     kinds = Counter(name.suffix.lower() for name in names)
     known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *UNREADABLE)
@@ -39,8 +43,8 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     left = [*(f"{kinds[kind]} {kind} (give a video by its name)" for kind in VIDEO_SUFFIXES if kinds[kind]),
             *(f"{kinds[kind]} {kind} (not read; convert to JPEG or PNG)" for kind in UNREADABLE if kinds[kind]),
             *(f"{name} (of an unknown kind; give it alone)" for name in other[:3]),
-            *(f"{count} image{'s' * (count != 1)} in subfolders (give '{glob.escape(str(path))}/**')"
-              for path, count in deeper.items() if count)]
+            *(f"{count} image{'s' * (count != 1)} in subfolders (give {shlex.quote(f'{glob.escape(str(path))}/**')})"
+              for path, count in missed.items() if count)]
     line = f"left out: {', '.join(left)}" if left else ""
     if not images:
         raise UserError(f"{' '.join(patterns)}: no images in it ({' '.join(IMAGE_SUFFIXES)})"

@@ -19,8 +19,9 @@ def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
 def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
     """(H, W, 3) uint8 image and (H, W) class ids -> the image under the classes' colours at opacity ``alpha``."""
     overlay = Image.new("RGB", image.shape[1::-1])
-    for top in range(0, len(image), 1000):  # rows at a time: a large photograph is in memory once
-        rows = slice(top, top + 1000)
+    step = max(1, 8_000_000 // image.shape[1])
+    for top in range(0, len(image), step):  # rows at a time: a large photograph is in memory once
+        rows = slice(top, top + step)
         colors = classes.to_rgb(ids[rows])
         overlay.paste(Image.blend(Image.fromarray(image[rows]), Image.fromarray(colors), alpha), (0, top))
     return overlay

@@ -131,6 +131,17 @@ def test_a_folder_without_val_is_said_to_be_too_little_for_training(tmp_path, ca
     assert call("train.py", "--data_root", tmp_path)[0] == 2
 
 
+def test_images_and_masks_beside_a_test_split_are_checked_and_in_the_table(tmp_path, call):
+    for stem, ids in (("a", [1, 2]), ("b", [1, 3])):
+        make_pair(tmp_path, stem, np.array([ids], np.uint8), "images")
+    make_pair(tmp_path, "c", np.array([[1, 1]], np.uint8), "test")
+    (tmp_path / "images_labels").rename(tmp_path / "masks")
+    _, out, _ = call("datasets.check", "--data_root", tmp_path, "--write_classes")
+    assert len([line for line in out.splitlines() if line.startswith("class ")]) == 3
+    _, out, _ = call("datasets.check", "--data_root", tmp_path)
+    assert all(f"{split}: 1 pairs" in out for split in ("train", "val", "test")) and "warning" not in out
+
+
 def test_command_on_good_data(scenes, call):
     status, out, err = call("datasets.check", "--data_root", scenes)
     assert status == 0 and err == "" and "warning" not in out

@@ -79,7 +79,10 @@ def test_what_is_left_out_is_said_in_one_line(scenes, tmp_path, call, monkeypatc
     deeper = ", 2 images in subfolders (give 'photos/**')"
     for paths, said, count in ((["photos"], left + deeper + "\n", 2), (["photos/*"], left + "\n", 2),
                                (["photos/a.png", "photos/b c.png"], "", 2), (["photos/**"], left + "\n", 5),
-                               (["photos/.hidden.png", "photos/a.png"], "", 2), (["photos/[[]1]/**"], "", 2),
+                               (["photos/.hidden.png", "photos/a.png"], "", 2),
+                               (["photos", "photos/deep", "photos/[1]"],
+                                left + ", 1 image in subfolders (give 'photos/[[]1]/**')\n", 4),
+                               (["photos/[[]1]/**"], "", 2),
                                (["photos/[1]"], "left out: 1 image in subfolders (give 'photos/[[]1]/**')\n", 1),
                                (["photos/a.png", str(scene)], "", 2), (["photos/a*", "photos/deep"], "", 2)):
         status, out, err = call("predict.py", "--image_dir", *paths, "--save_dir", "out")
