@@ -1,7 +1,7 @@
 """Train a U-Net on CamVid or on your own street images.
 
     python train.py --demo                                     no data needed, about three minutes on two CPU cores
-    python train.py --data_root data/CamVid --width 16         on a CPU: 34 to 49 minutes on two cores
+    python train.py --data_root data/CamVid --width 16         on a CPU: 34 to 80 minutes on two cores
     python train.py --data_root data/CamVid                    on a GPU
     python train.py --data_root data/CamVid --resume auto      go on where a run stopped
 """

@@ -12,6 +12,11 @@ UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".svg", ".dng",
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 
 
+def identity(path: Path) -> tuple[Path, str]:
+    """Equal for two ways to one name in one folder; a link to a file is a name of its own."""
+    return path.parent.resolve(), path.name
+
+
 def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     """The images of folders, files and patterns, sorted, and a line on what lies there and is left out.
 
@@ -20,7 +25,7 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
     if len(patterns) == 1 and Path(patterns[0]).is_file():
         return [Path(patterns[0])], ""
     names: list[Path] = []
-    deeper: dict[Path, list[Path]] = {}
+    deeper: dict[Path, set] = {}
     for pattern in patterns:
         path = Path(pattern)
         found = ([child for child in path.iterdir() if not child.name.startswith(".")] if path.is_dir() else
@@ -29,13 +34,12 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
             raise UserError(f"{pattern}: no such file or folder")
         names += found
         if path.is_dir():
-            deeper[path] = [name for name in path.glob("[!.]*/[!.]*") if name.suffix.lower() in IMAGE_SUFFIXES]
+            deeper[path] = {identity(name) for name in path.glob("[!.]*/[!.]*")
+                            if name.suffix.lower() in IMAGE_SUFFIXES}
     # A pattern with ** follows links to folders, in circles too: each file once, by its shortest way.
     names.sort(key=lambda name: -len(name.parts))
-    taken = {(name.parent.resolve(), name.name): name for name in names}
-    names = [*taken.values()]
-    missed = {path: sum((name.parent.resolve(), name.name) not in taken for name in found)
-              for path, found in deeper.items()}
+    taken = {identity(name): name for name in names}
+    names, missed = [*taken.values()], {path: len(inner - taken.keys()) for path, inner in deeper.items()}
     images = sorted(name for name in names if name.suffix.lower() in IMAGE_SUFFIXES)
     kinds = Counter(name.suffix.lower() for name in names)
     known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *UNREADABLE)

@@ -86,7 +86,7 @@ def test_what_is_left_out_is_said_in_one_line(scenes, tmp_path, call, monkeypatc
                                (["photos/[1]"], "left out: 1 image in subfolders (give 'photos/[[]1]/**')\n", 1),
                                (["photos/a.png", str(scene)], "", 2), (["photos/a*", "photos/deep"], "", 2)):
         status, out, err = call("predict.py", "--image_dir", *paths, "--save_dir", "out")
-        assert status == 0 and err == said and f"on {count} image" in out, paths
+        assert status == 0 and err == said and f"on {count} image{'s' * (count != 1)}\n" in out, paths
     status, _, err = call("predict.py", "--image_dir", "photos/a.png", "photos/notes.txt")
     assert status == 0 and err == "left out: photos/notes.txt (of an unknown kind; give it alone)\n"
     for path in ("photos/*.mp4", "photos/*.HEIC", "photos/*.txt"):
