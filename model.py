@@ -1,10 +1,11 @@
-"""U-Net (Ronneberger et al. 2015) with batch norm, and the same decoder on torchvision's ResNet encoders.
+"""U-Net (Ronneberger et al. 2015) with batch norm, and its decoder on torchvision's ResNets.
 
     model = build_model("unet", num_classes=12, width=16)
-    logits = model(images)                                    # (N, 3, H, W) -> (N, 12, H, W), any H and W
+    logits = model(images)                      # (N, 3, H, W) -> (N, 12, H, W), any H and W
 
 Shapes in the comments are for an input of (N, 3, H, W) and ``width`` w.
 """
+
 from typing import Any
 
 import torch
@@ -18,16 +19,21 @@ def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     """Two of (3×3 convolution without bias, batch norm, ReLU): (N, in, h, w) -> (N, out, h, w)."""
     layers: list[nn.Module] = []
     for channels in (in_channels, out_channels):
-        layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
-                   nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
 
 class DecoderStage(nn.Module):
-    """Upsample, concatenate the skip connection, convolve: (N, in, h, w), (N, skip, 2h, 2w) -> (N, out, 2h, 2w).
+    """Upsample, concatenate the skip connection if there is one, convolve.
 
-    The transposed convolution is 4×4, not the paper's 2×2: its windows overlap, and because the stride divides 4 they
-    overlap evenly, without checkerboard artifacts (Odena et al. 2016).
+    Shape: (N, in, h, w), (N, skip, 2h, 2w) -> (N, out, 2h, 2w).
+
+    The transposed convolution is 4×4, not the paper's 2×2: its windows overlap, and evenly because
+    the stride divides 4, so there are no checkerboard artifacts (Odena et al. 2016).
     """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
@@ -35,28 +41,31 @@ class DecoderStage(nn.Module):
         self.up = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
         self.conv = double_conv(out_channels + skip_channels, out_channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         x = self.up(x)
-        return self.conv(x if skip is None else torch.cat([skip, x], dim=1))
+        return self.conv(x if skip is None else torch.cat([skip, x], 1))
 
 
 def init_weights(module: nn.Module) -> None:
-    """Kaiming-normal, fan-out (He et al. 2015) for every convolution; biases start at zero."""
+    """Kaiming-normal, fan-out (He et al. 2015) for every convolution; biases start at zero.
+
+    Weights on the meta device are left alone: there torch would import sympy for them.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not layer.weight.is_meta:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until H and W are multiples: (N, C, H, W) -> (N, C, H', W')."""
+    """(N, C, H, W) -> (N, C, H', W'): repeat the last row and column up to a multiple."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 class UNet(nn.Module):
-    """Five encoder and four decoder stages of two convolutions each, and a 1×1 classifier (fig. 1 of the paper).
+    """Five encoder and four decoder stages of two convolutions, and a 1×1 classifier (figure 1).
 
     Shape: (N, in_channels, H, W) float -> (N, num_classes, H, W) logits, for every H, W >= 1.
     """
@@ -65,7 +74,9 @@ class UNet(nn.Module):
         super().__init__()
         channels = [width * factor for factor in (1, 2, 4, 8, 16)]
         self.pool = nn.MaxPool2d(2)
-        self.encoder = nn.ModuleList(double_conv(i, o) for i, o in zip([in_channels, *channels], channels))
+        self.encoder = nn.ModuleList(
+            double_conv(i, o) for i, o in zip([in_channels, *channels], channels)
+        )
         self.decoder = nn.ModuleList(DecoderStage(2 * c, c, c) for c in reversed(channels[:-1]))
         self.classifier = nn.Conv2d(width, num_classes, 1)
         init_weights(self)
@@ -75,32 +86,38 @@ class UNet(nn.Module):
         x = pad_to_multiple(x, 16)
         skips = []
         for stage in self.encoder[:-1]:
-            skips.append(stage(x))  # (N, w, H, W), (N, 2w, H/2, W/2), (N, 4w, H/4, W/4), (N, 8w, H/8, W/8)
+            skips.append(stage(x))  # (N, w, H, W) … (N, 8w, H/8, W/8)
             x = self.pool(skips[-1])
         x = self.encoder[-1](x)  # (N, 16w, H/16, W/16)
-        for stage, skip in zip(self.decoder, reversed(skips)):
-            x = stage(x, skip)  # (N, 8w, H/8, W/8) … (N, w, H, W)
+        for stage in self.decoder:
+            x = stage(x, skips.pop())  # (N, 8w, H/8, W/8) … (N, w, H, W)
         return self.classifier(x)[..., :height, :width]
 
 
 class ResNetUNet(nn.Module):
-    """The U-Net decoder on a torchvision ResNet (He et al. 2016), with skip connections at 1/2, 1/4, 1/8 and 1/16.
+    """The U-Net decoder on a torchvision ResNet (He et al. 2016), with skips at 1/2 to 1/16.
 
-    ``width`` counts the channels at full size; the decoder has ``width × (16, 8, 4, 2, 1)``, deepest first.
+    width: channels at full size; the decoder has ``width × (16, 8, 4, 2, 1)``, deepest first.
     Shape: (N, 3, H, W) float -> (N, num_classes, H, W) logits, for every H, W >= 1.
-    Raises ValueError if ``pretrained`` and the ImageNet weights cannot be downloaded.
+    pretrained: download torchvision's ImageNet weights for the encoder.
     """
 
-    def __init__(self, backbone: str, num_classes: int = 12, width: int = 16, pretrained: bool = False):
+    def __init__(
+        self, backbone: str, num_classes: int = 12, width: int = 16, pretrained: bool = False
+    ):
         super().__init__()
-        resnet: Any = load_resnet(backbone, pretrained)
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.pool: nn.Module = resnet.maxpool
-        self.encoder = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
-        expansion = resnet.fc.in_features // 512
-        ins = [512 * expansion, *(width * factor for factor in (16, 8, 4, 2))]
-        skips = [256 * expansion, 128 * expansion, 64 * expansion, 64, 0]
+        # Imported here: it takes as long as torch itself, and the U-Net does not need it.
+        from torchvision.models import get_model
+
+        resnet: Any = get_model(backbone, weights="DEFAULT" if pretrained else None)
+        conv1, bn1, relu, maxpool, *layers, _, fc = resnet.children()
+        self.stem = nn.Sequential(conv1, bn1, relu)
+        self.pool = maxpool
+        self.encoder = nn.ModuleList(layers)
+        deepest = fc.in_features  # 512, and 2048 for ResNet-50
         outs = [width * factor for factor in (16, 8, 4, 2, 1)]
+        ins = [deepest, *outs[:-1]]
+        skips = [deepest // 2, deepest // 4, deepest // 8, 64, 0]
         self.decoder = nn.ModuleList(DecoderStage(*channels) for channels in zip(ins, skips, outs))
         self.classifier = nn.Conv2d(width, num_classes, 1)
         init_weights(self.decoder)
@@ -120,30 +137,13 @@ class ResNetUNet(nn.Module):
         return self.classifier(x)[..., :height, :width]
 
 
-def load_resnet(backbone: str, pretrained: bool) -> nn.Module:
-    """A torchvision ResNet; ``pretrained`` on ImageNet. Raises ValueError where those weights cannot be had."""
-    # Imported here: it takes as long as torch itself, and the U-Net does without.
-    from torchvision.models import get_model, get_model_weights
-
-    if not pretrained:
-        return get_model(backbone)
-    try:
-        return get_model(backbone, weights=get_model_weights(backbone).DEFAULT)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-        raise ValueError(f"pretrained: the weights of {backbone} cannot be downloaded ({error}); connect to the "
-                         f"internet once, or train without them") from None
-
-
 def build_model(name: str, num_classes: int, **options) -> nn.Module:
-    """One of MODEL_NAMES. Options: ``width``; ``in_channels`` (unet), ``pretrained`` (ResNet encoders).
+    """One of MODEL_NAMES. Options: ``width``; ``in_channels`` (unet), ``pretrained`` (ResNets).
 
-    Raises ValueError for an unknown name or an option that the model does not have.
+    Raises ValueError for an unknown name, TypeError for an option that the model does not have.
     """
     if name not in MODEL_NAMES:
         raise ValueError(f"no model is called {name}; choose one of {', '.join(MODEL_NAMES)}")
-    try:
-        if name == "unet":
-            return UNet(num_classes, **options)
-        return ResNetUNet(name.removeprefix("unet_"), num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
+    if name == "unet":
+        return UNet(num_classes, **options)
+    return ResNetUNet(name.removeprefix("unet_"), num_classes, **options)

@@ -1,4 +1,5 @@
-"""Class sets: the names, colours and ids of the classes, and the conversion of RGB masks to class ids and back."""
+"""Class sets: names, colours and ids of the classes, and the conversion of RGB masks to ids."""
+
 import csv
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -7,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from support.command import UserError, printable
+from support.command import UserError
 
 Color = tuple[int, int, int]
-UNKNOWN = 255  # marks a pixel whose colour or id is in no class; class ids end at 254
+IGNORED = 255  # the ignore_index of class sets without an ignored class; class ids end at 254
 IGNORED_NAMES = ("unlabelled", "unlabeled", "void")
 
 
@@ -18,24 +19,29 @@ IGNORED_NAMES = ("unlabelled", "unlabeled", "void")
 class ClassSet:
     """The classes of a dataset; the id of a class is its position in ``names``.
 
-    ignore_index: id of the class that is neither trained, scored nor predicted, or None.
+    ignore_index: id of the pixels that are neither trained nor scored: that of the ignored class,
+    which is never predicted, or 255 if there is none.
     aliases: further pairs of colour and id accepted in masks, such as those of merged classes.
     source: the class_dict.csv that they were read from, if they were.
+    Raises UserError unless there are 2 to 255 classes, and a colour for each.
     """
 
     names: tuple[str, ...]
     colors: tuple[Color, ...]
-    ignore_index: int | None = None
+    ignore_index: int = IGNORED
     aliases: tuple[tuple[Color, int], ...] = ()
     source: Path | None = field(default=None, compare=False, repr=False)
 
+    def __post_init__(self):
+        source = self.source or "num_classes"
+        if not 2 <= len(self) <= IGNORED:
+            raise UserError(f"{source}: {len(self)} classes; there must be 2 to {IGNORED}")
+        values = np.reshape(self.colors, (len(self), 3))
+        if values.min() < 0 or values.max() > 255:
+            raise UserError(f"{source}: colours are numbers from 0 to 255")
+
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def void_id(self) -> int:
-        """The id of pixels without a class: the ignored class, or 255 if no class is ignored."""
-        return UNKNOWN if self.ignore_index is None else self.ignore_index
 
     @property
     def scored(self) -> list[int]:
@@ -43,11 +49,8 @@ class ClassSet:
         return [i for i in range(len(self)) if i != self.ignore_index]
 
     def to_ids(self, rgb: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 colours -> (H, W) uint8 ids, UNKNOWN (255) where a colour is in no class."""
-        import cv2  # here, because predict.py starts sooner without it
-        table = _color_table((*zip(self.colors, range(len(self))), *self.aliases))
-        # A pixel with an alpha of 255, read as one int32, is its code - 2**24: an index from the end of the table.
-        return table.take(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGRA).view(np.int32)[..., 0])
+        """(H, W, 3) uint8 colours -> (H, W) uint8 ids, 255 where a colour is in no class."""
+        return _id_table(self)[*np.moveaxis(rgb, -1, 0)]
 
     def to_rgb(self, ids: np.ndarray) -> np.ndarray:
         """(...) ids -> (..., 3) uint8 colours; ids outside the set are black."""
@@ -57,103 +60,140 @@ class ClassSet:
 
     def to_dict(self) -> dict:
         """Plain lists for a checkpoint; `from_dict` reads them back. Aliases are left out."""
-        return {"names": list(self.names), "colors": list(map(list, self.colors)), "ignore_index": self.ignore_index}
+        return {
+            "names": list(self.names),
+            "colors": [list(color) for color in self.colors],
+            "ignore_index": self.ignore_index,
+        }
 
     @classmethod
     def from_dict(cls, data: dict) -> "ClassSet":
-        return cls(tuple(map(printable, data["names"])), tuple(map(tuple, data["colors"])), data["ignore_index"])
+        """Raises UserError, or KeyError, TypeError or ValueError for what `to_dict` never wrote."""
+        ignore_index = data.get("ignore_index")
+        names = tuple(map(str, data["names"]))
+        colors = tuple((int(r), int(g), int(b)) for r, g, b in data["colors"])
+        return cls(names, colors, IGNORED if ignore_index is None else int(ignore_index))
 
     @classmethod
     def numbered(cls, count: int | None) -> "ClassSet":
-        """``count`` nameless classes in the colours of Pascal VOC's colour map. Raises UserError without a count."""
-        if count is None or not 2 <= count <= UNKNOWN:
-            raise UserError(f"num_classes is {count}: masks of ids need a number of classes from 2 to {UNKNOWN}, or a "
-                            f"class_dict.csv (name,r,g,b) in the data folder")
-        def color(i: int) -> Color:
-            # Each three bits of the id, lowest first, give the next high bit of red, green and blue.
-            red, green, blue = (sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3))
-            return red, green, blue
-        return cls(tuple(f"class {i}" for i in range(count)), tuple(map(color, range(count))))
+        """``count`` nameless classes in Pascal VOC's colours. Raises UserError without a count."""
+        if count is None:
+            raise UserError(
+                "masks of ids need --num_classes, or a class_dict.csv (name,r,g,b) in --data_root"
+            )
+        names = tuple(f"class {i}" for i in range(count))
+        return cls(names, tuple(_voc_color(i) for i in range(count)))
 
     @classmethod
     def from_csv(cls, path: Path) -> "ClassSet":
-        """Read a ``class_dict.csv`` with the columns name, r, g, b; the class ids follow the order of the rows.
+        """Read a ``class_dict.csv`` with the columns name, r, g, b; ids follow the rows' order.
 
-        A class called Unlabelled, Unlabeled or Void is ignored. A file with CamVid's 32 colours gives CAMVID.
-        Raises UserError that lists every problem of the file.
+        A class called Unlabelled, Unlabeled or Void is ignored. A file with CamVid's 32 colours
+        gives CAMVID. Raises UserError that lists every problem of the file.
         """
-        rows, problems = _read_rows(path), []
-        colors: dict[Any, str] = {}
-        for line, name, *channels in rows:
-            color = tuple(int(text) if text.isdecimal() and len(text) <= 3 else 256 for text in channels)
+        problems = []
+        names: list[str] = []
+        colors: list[Any] = []
+        for line, name, *channels in _read_rows(path):
+            color = tuple(int(text) if text.isdecimal() else 256 for text in channels)
             if not name or max(color) > 255:
-                problems.append(f"line {line}: needs a name and three whole numbers from 0 to 255")
-            elif name in colors.values():
-                problems.append(f"line {line}: the name {name} appears twice")
-            elif colors.setdefault(color, name) != name:
-                problems.append(f"line {line}: {name} has the colour of {colors[color]}")
-        if not 2 <= len(rows) <= UNKNOWN:
-            problems.append(f"{len(rows)} classes; there must be 2 to {UNKNOWN}")
-        if not problems and colors.keys() == set(CAMVID32.colors):
+                problems.append(f"line {line}: needs a name and three numbers from 0 to 255")
+            elif name in names or color in colors:
+                problems.append(f"line {line}: the name or the colour of {name} appears twice")
+            names.append(name)
+            colors.append(color)
+        if set(colors) == set(CAMVID32.colors):
             return replace(CAMVID, source=path)
-        ignored = [name for name in colors.values() if name.lower() in IGNORED_NAMES]
+        ignored = [i for i, name in enumerate(names) if name.lower() in IGNORED_NAMES]
         if len(ignored) > 1:
-            problems.append(f"{' and '.join(ignored)} are both ignored; keep one of them")
+            problems.append(f"{len(ignored)} classes are ignored by their names; keep one")
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
-        names = tuple(colors.values())
-        return cls(names, tuple(colors), names.index(ignored[0]) if ignored else None, source=path)
+        ignore_index = ignored[0] if ignored else IGNORED
+        return cls(tuple(names), tuple(colors), ignore_index, source=path)
 
 
 def _read_rows(path: Path) -> list[list]:
-    """[line number, name, r, g, b] of every row that is not empty, as text."""
-    columns = ("name", "r", "g", "b")
+    """[line number, name, r, g, b] of every row that is not empty; all but the number as text."""
     try:
-        if not path.is_file():  # a FIFO would never end
-            raise OSError("not a regular file")
-        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
-        reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
-        rows = [(reader.line_num, row) for row in reader if any(row.values())]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from None
-    missing = [column for column in columns if column not in reader.fieldnames]
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; the first line must be name,r,g,b")
-    return [[line, *((row[column] or "").strip() for column in columns)] for line, row in rows]
+    reader = csv.DictReader(lines, restval="", skipinitialspace=True)
+    reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
+    columns = ("name", "r", "g", "b")
+    if not set(columns) <= set(reader.fieldnames):
+        raise UserError(f"{path}: the first line must be name,r,g,b")
+    return [[reader.line_num, *(row[column].strip() for column in columns)] for row in reader]
+
+
+def _voc_color(i: int) -> Color:
+    """Three bits of the id at a time, lowest first, give the next bit of red, green and blue."""
+    bits = f"{i:09b}"[::-1]
+    red, green, blue = (int(bits[channel::3] + "00000", 2) for channel in range(3))
+    return red, green, blue
 
 
 @lru_cache(maxsize=4)
-def _color_table(pairs: tuple[tuple[Color, int], ...]) -> np.ndarray:
-    """(2**24,) uint8: the id of every colour code r·65536 + g·256 + b."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    for (r, g, b), class_id in pairs:
-        table[r << 16 | g << 8 | b] = class_id
+def _id_table(classes: ClassSet) -> np.ndarray:
+    """(256, 256, 256) uint8: the id of every colour (red, green, blue)."""
+    table = np.full((256, 256, 256), IGNORED, np.uint8)
+    for class_id, color in enumerate(classes.colors):
+        table[color] = class_id
+    for color, class_id in classes.aliases:
+        table[color] = class_id
     return table
 
 
-# The ignored class 0, then the 11 classes of the literature in the order of the SegNet copy.
-_COLORS: dict[str, Color] = {
-    "Unlabelled": (0, 0, 0), "Sky": (128, 128, 128), "Building": (128, 0, 0), "Pole": (192, 192, 128),
-    "Road": (128, 64, 128), "Sidewalk": (0, 0, 192), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128),
-    "Fence": (64, 64, 128), "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192),
-}
-# The further classes of the original 32: which of the 11 the literature merges them into, and their colours.
-_MERGED: dict[str, tuple[str, Color]] = {
-    "Bridge": ("Building", (0, 128, 64)), "Wall": ("Building", (64, 192, 0)), "Tunnel": ("Building", (64, 0, 64)),
-    "Archway": ("Building", (192, 0, 128)), "TrafficCone": ("Pole", (0, 0, 64)),
-    "LaneMkgsDriv": ("Road", (128, 0, 192)), "LaneMkgsNonDriv": ("Road", (192, 0, 64)),
-    "ParkingBlock": ("Sidewalk", (64, 192, 128)), "RoadShoulder": ("Sidewalk", (128, 128, 192)),
-    "VegetationMisc": ("Tree", (192, 192, 0)), "Misc_Text": ("SignSymbol", (128, 128, 64)),
-    "TrafficLight": ("SignSymbol", (0, 64, 64)), "SUVPickupTruck": ("Car", (64, 128, 192)),
-    "Truck_Bus": ("Car", (192, 128, 192)), "Train": ("Car", (192, 64, 128)), "OtherMoving": ("Car", (128, 64, 64)),
-    "Child": ("Pedestrian", (192, 128, 64)), "CartLuggagePram": ("Pedestrian", (64, 0, 192)),
-    "Animal": ("Pedestrian", (64, 128, 64)), "MotorcycleScooter": ("Bicyclist", (192, 0, 192)),
-}
-# Other copies of the 11 classes use other colours for these.
-_OTHER_COLORS: tuple[tuple[str, Color], ...] = (("Sidewalk", (60, 40, 222)), ("Road", (255, 69, 0)))
+# CamVid's 32 classes: name, colour, and for all but the first 12 the class that the literature
+# merges them into. Those 12 are the ignored one and the 11 of the literature, in the order of the
+# SegNet copy. The two lines at the end are colours of the 11 classes in other copies.
+_CAMVID = """
+Unlabelled          0   0   0
+Sky               128 128 128
+Building          128   0   0
+Pole              192 192 128
+Road              128  64 128
+Sidewalk            0   0 192
+Tree              128 128   0
+SignSymbol        192 128 128
+Fence              64  64 128
+Car                64   0 128
+Pedestrian         64  64   0
+Bicyclist           0 128 192
+Bridge              0 128  64 Building
+Wall               64 192   0 Building
+Tunnel             64   0  64 Building
+Archway           192   0 128 Building
+TrafficCone         0   0  64 Pole
+LaneMkgsDriv      128   0 192 Road
+LaneMkgsNonDriv   192   0  64 Road
+ParkingBlock       64 192 128 Sidewalk
+RoadShoulder      128 128 192 Sidewalk
+VegetationMisc    192 192   0 Tree
+Misc_Text         128 128  64 SignSymbol
+TrafficLight        0  64  64 SignSymbol
+SUVPickupTruck     64 128 192 Car
+Truck_Bus         192 128 192 Car
+Train             192  64 128 Car
+OtherMoving       128  64  64 Car
+Child             192 128  64 Pedestrian
+CartLuggagePram    64   0 192 Pedestrian
+Animal             64 128  64 Pedestrian
+MotorcycleScooter 192   0 192 Bicyclist
+Sidewalk           60  40 222 Sidewalk
+Road              255  69   0 Road
+"""
 
-_NAMES = tuple(_COLORS)
-CAMVID = ClassSet(_NAMES, tuple(_COLORS.values()), ignore_index=0, aliases=tuple(
-    (color, _NAMES.index(name)) for name, color in (*_MERGED.values(), *_OTHER_COLORS)))
-CAMVID32 = ClassSet(("Void", *_NAMES[1:], *_MERGED), (*CAMVID.colors, *(color for _, color in _MERGED.values())),
-                    ignore_index=0)
+
+def _camvid() -> tuple[ClassSet, ClassSet]:
+    """The 11 classes of the literature, which accept all colours above, and the original 32."""
+    rows = [line.split() for line in _CAMVID.strip().splitlines()]
+    names = tuple(row[0] for row in rows)
+    colors = tuple((int(r), int(g), int(b)) for _, r, g, b, *_ in rows)
+    aliases = tuple((color, names.index(row[4])) for row, color in zip(rows[12:], colors[12:]))
+    original = ClassSet(("Void", *names[1:32]), colors[:32], ignore_index=0)
+    return ClassSet(names[:12], colors[:12], ignore_index=0, aliases=aliases), original
+
+
+CAMVID, CAMVID32 = _camvid()

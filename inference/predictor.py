@@ -1,7 +1,8 @@
-"""From images of any size to class ids or probabilities: precision, test-time augmentation and tiling."""
+"""From images of any size to class ids: precision, tiles, test-time augmentation, validation."""
+
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.data import DataLoader
 
-from support.command import Parser, RunError, number
-from support.device import autocast
-from support.images import limited_size, shrink
+from datasets.classes import ClassSet
+from metric import SegmentationMetric
+from support.command import Parser, UserError, number, progress
+from support.device import add_device_flags, sum_over_processes
+from support.images import shrink
 
-Window = tuple[slice, slice]  # rows and columns
-TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 holds one in about 2 GB
-MAX_PROBABILITIES = 64_000_000  # at once in evaluation, which holds a few copies: about a gigabyte
-NOT_FINITE = "the network's outputs are NaN or infinite; try --amp off, or retrain it"
+# The rows and columns of a part of an image, and its probabilities (N, C, h, w).
+Part = tuple[tuple[slice, slice], Tensor]
+TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 needs about 2 GB
+MAX_PROBABILITIES = 64_000_000  # of a tile; a few copies of it take about 1 GB
+CHECKPOINT_HELP = """trained model; if not given, the newest checkpoint/*_best.pth, else the
+included one"""
+MAX_SIDE_HELP = """shrink longer images to it before the network, and enlarge the result; 0: never;
+if not given, that of the training"""
+NOT_FINITE = "the network's outputs are NaN or infinite; try --amp off, or a lower --lr in training"
 TTA = {
     "none": [(1.0, False)],
     "flip": [(1.0, False), (1.0, True)],
@@ -28,198 +37,194 @@ TTA = {
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Multiply every batch norm into the convolution registered just before it, in place, for inference alone.
+    """Fold every batch norm into the convolution registered just before it, in place.
 
-    The modules must run in the order in which they are registered, as those of `model.py` do: else the result is wrong.
+    The modules must run in the order in which they are registered, as those of `model.py` do.
     """
     module.eval()
-    previous, conv = "", None
-    for name, child in list(module.named_children()):
-        if isinstance(conv, nn.Conv2d) and isinstance(child, nn.BatchNorm2d):
-            setattr(module, previous, fuse_conv_bn_eval(conv, child))
-            setattr(module, name, nn.Identity())
-        else:
-            fold_batch_norm(child)
-        previous, conv = name, child
+    for (conv_name, conv), (norm_name, norm) in pairwise(module.named_children()):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+    for child in module.children():
+        fold_batch_norm(child)
     return module
 
 
+@dataclass
 class Predictor:
-    """Runs a segmentation network over batches; never predicts ``ignore_index``.
+    """Runs a segmentation network over batches; never predicts the class ``ignore_index``.
 
-    mean, std: of the channels of images in 0 … 1, for `prepare`.
-    max_side: `prepare` shrinks images whose longer side exceeds this many pixels to it, keeping their shape; 0: never.
-    tile: images larger than this many pixels on a side go through in overlapping tiles; see `fitting_tile`.
-    tta: a key of TTA, whose views' probabilities are averaged.
+    mean, std: of the channels of images in 0 … 1.
+    max_side: images with a longer side are shrunk to it, in pixels; 0 shrinks none.
+    tile: images larger than this many pixels a side are processed in overlapping tiles; 0 takes
+    960, or less for more than 69 classes.
+    tta: test-time augmentation, a key of TTA, whose views' probabilities are averaged.
     """
 
-    def __init__(self, model: nn.Module, ignore_index: int | None, mean: Sequence[float], std: Sequence[float],
-                 device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None, max_side: int = 0,
-                 tile: int = TILE, tta: str = "none"):
-        self.device = torch.device(device)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
-        self.ignore_index = ignore_index
-        self.mean, self.std = (torch.tensor(value, device=self.device).view(3, 1, 1) for value in (mean, std))
-        self.amp_dtype = amp_dtype
-        self.max_side, self.tile, self.views = max_side, tile, TTA[tta]
+    model: nn.Module
+    classes: ClassSet
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device = torch.device("cpu")
+    amp_dtype: torch.dtype | None = None
+    max_side: int = 0
+    tile: int = 0
+    tta: str = "none"
 
-    def prepare(self, images: list[np.ndarray]) -> Tensor:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, 3, h, w) normalised float32 on the device, h and w of
-        `limited_size`.
+    def __post_init__(self):
+        self.model = self.model.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.tile = self.tile or min(TILE, math.isqrt(MAX_PROBABILITIES // len(self.classes)))
+
+    def prepare(self, image: np.ndarray) -> Tensor:
+        """(H, W, 3) uint8 RGB -> (1, 3, *limited_size) normalised float32 on the device."""
+        x = torch.from_numpy(shrink(image, self.max_side)).to(self.device)
+        mean, std = torch.tensor([self.mean, self.std], device=self.device)
+        return x.float().div_(255).sub_(mean).div_(std).permute(2, 0, 1)[None]
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids.
+
+        Raises UserError if the network's outputs are not finite.
         """
-        batch = torch.from_numpy(np.stack([shrink(image, self.max_side) for image in images])).to(self.device)
-        return batch.permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
-
-    @torch.inference_mode()
-    def predict(self, images: list[np.ndarray]) -> np.ndarray:
-        """Images of one size, (H, W, 3) uint8 RGB -> (N, H, W) uint8 class ids.
-
-        Raises RunError where the network's outputs are not finite.
-        """
-        size = images[0].shape[:2]
-        if limited_size(size, self.max_side) == size:  # of large images only a tile is in memory as floats
-            parts = self._tiles(size, lambda window: self.prepare([image[window] for image in images]))
-        else:
-            parts = self.parts(self.prepare(images), size)
-        ids = np.empty((len(images), *size), np.uint8)
-        for part, prob in parts:
-            if prob[:, 0].isnan().any():  # softmax spreads it over all classes of its pixel
-                raise RunError(NOT_FINITE)
-            ids[:, *part] = most_probable(prob).cpu().numpy()
+        size = image.shape[:2]
+        ids = np.empty(size, np.uint8)
+        for window, prob in self.parts(self.prepare(image), size):
+            if prob[:, 0].isnan().any():  # softmax spreads it over all classes of a pixel
+                raise UserError(NOT_FINITE)
+            ids[window] = most_probable(prob)[0].cpu().numpy()
         return ids
 
     @torch.inference_mode()
-    def parts(self, images: Tensor, size: tuple[int, int]) -> Iterator[tuple[Window, Tensor]]:
-        """(N, 3, H, W) float32 normalised -> (rows and columns of a part, its probabilities (N, C, h, w)) of every part
-        of the images at ``size``: all classes of a large photograph would not fit in memory.
+    def parts(self, images: Tensor, size: tuple[int, int]) -> Iterator[Part]:
+        """(N, 3, h, w) float32 normalised -> the parts of the images at ``size``, one by one: all
+        classes of a large photograph would not fit in memory.
         """
         if size == images.shape[-2:]:
-            yield from self._tiles(size, lambda window: images[..., *window])
-            return
-        prob, (height, width) = self.probabilities(images), size
-        last, rows = prob.shape[2] - 1, max(1, self.tile ** 2 // width)
-        for top in range(0, height, rows):  # bilinear, as `_resize` is, but rows at a time
-            y = torch.arange(top, min(top + rows, height), device=self.device)
-            center = ((y + 0.5) * (prob.shape[2] / height) - 0.5).clamp(0, last)
-            above = center.long()
-            strip = prob[:, :, above].lerp(prob[:, :, (above + 1).clamp_max(last)], (center - above)[:, None])
-            yield (slice(top, top + rows), slice(width)), _resize(strip, (len(y), width))
+            yield from self._tiles(images)
+        else:
+            rows = max(1, self.tile**2 // size[1])
+            yield from enlarge_by_rows(self.probabilities(images), size, rows)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) float32 normalised -> (N, C, H, W) float32 that sum to 1 over C."""
-        whole: Any = None
-        for part, prob in self._tiles(images.shape[-2:], lambda window: images[..., *window]):
-            whole = prob.new_empty(*prob.shape[:2], *images.shape[-2:]) if whole is None else whole
-            whole[..., *part] = prob
-        return whole
+        size = images.shape[-2:]
+        result = torch.empty(len(images), len(self.classes), *size, device=self.device)
+        for window, prob in self._tiles(images):
+            result[..., *window] = prob
+        return result
 
-    def _tiles(self, size: Sequence[int], read: Callable[[Window], Tensor]) -> Iterator[tuple[Window, Tensor]]:
-        """(rows and columns of a part, its probabilities (N, C, h, w)) of every part of images of that size.
-
-        read: rows and columns -> (N, 3, h', w') float32 normalised.
-        """
-        for seen_rows, rows in tile_spans(size[0], self.tile):
-            for seen_columns, columns in tile_spans(size[1], self.tile):
-                prob = self._all_views(read((seen_rows, seen_columns)))
-                top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
-                yield (rows, columns), prob[..., top:top + rows.stop - rows.start,
-                                            left:left + columns.stop - columns.start]
+    def _tiles(self, images: Tensor) -> Iterator[Part]:
+        """(N, 3, H, W) float32 normalised -> the parts of the images, computed in tiles."""
+        height, width = images.shape[-2:]
+        for seen_rows, rows in tile_spans(height, self.tile):
+            for seen_columns, columns in tile_spans(width, self.tile):
+                prob = self._all_views(images[..., seen_rows, seen_columns])
+                prob = prob.narrow(2, rows.start - seen_rows.start, rows.stop - rows.start)
+                left = columns.start - seen_columns.start
+                yield (rows, columns), prob.narrow(3, left, columns.stop - columns.start)
 
     def _all_views(self, images: Tensor) -> Tensor:
-        """The mean of the probabilities over all views."""
-        self.model.eval()
+        """The mean of the probabilities over the resized and mirrored views of the images."""
         images = images.to(self.device, non_blocking=True)
-        return reduce(Tensor.add_, (self._view(images, *view) for view in self.views)).div_(len(self.views))
-
-    def _view(self, images: Tensor, scale: float, flip: bool) -> Tensor:
-        """The probabilities of the images seen at another scale, or mirrored."""
-        view = images.flip(-1) if flip else images
-        view = _resize(view, [max(1, round(side * scale)) for side in images.shape[-2:]], antialias=True)
-        prob = _resize(self._network(view), images.shape[-2:])
-        return prob.flip(-1) if flip else prob
-
-    def _network(self, images: Tensor) -> Tensor:
-        with autocast(self.device, self.amp_dtype):
-            logits = self.model(images)
-        logits = logits.float()
-        if self.ignore_index is not None and self.ignore_index < logits.shape[1]:
-            logits[:, self.ignore_index] = -torch.inf
-        return logits.softmax(1)
+        size = images.shape[-2:]
+        total: Any = 0
+        for scale, flip in TTA[self.tta]:
+            scaled = tuple(max(1, round(side * scale)) for side in size)
+            view = _resize(images.flip(-1) if flip else images, scaled, antialias=True)
+            with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
+                logits = self.model(view)
+            logits = logits.float()
+            if self.classes.ignore_index < len(self.classes):
+                logits[:, self.classes.ignore_index] = -torch.inf
+            prob = _resize(logits.softmax(1), size)
+            total += prob.flip(-1) if flip else prob
+        return total.div_(len(TTA[self.tta]))
 
 
 def most_probable(prob: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, H, W) uint8 class ids."""
-    return prob.max(1).indices.to(torch.uint8)  # not argmax, which takes six times as long on the CPU
+    return prob.max(1).indices.to(torch.uint8)  # argmax takes six times as long on a CPU
 
 
 def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
-    """(what a tile sees, the part of it that is kept) along a side of an image.
+    """(what a tile sees, what of it is kept) along a side of an image, in pixels.
 
-    Tiles overlap by a quarter or more, and their edges, where context is missing, are not kept. They begin at multiples
-    of 32, so that the network's strides fall on the same pixels as in the whole image: tiles of 960 give the U-Net's
-    very answer, because it sees less than the 128 pixels that are cut off. ResNet encoders see further.
+    Tiles overlap by at least a quarter, and their edges, where context is missing, are dropped.
+    They begin at multiples of 32, so that the network's strides fall on the same pixels as in the
+    whole image: with tiles of 960 the U-Net's output is exact, because its receptive field is
+    smaller than the 128 pixels that are dropped. That of ResNet encoders is larger.
     tile: at least 64.
     """
     step = max(32, tile * 3 // 4 // 32 * 32)
     starts = range(0, max(1, side - tile + step), step)
     cuts = [0, *(start + (tile - step) // 2 for start in starts[1:]), side]
-    return [(slice(start, min(start + tile, side)), slice(*part)) for start, part in zip(starts, pairwise(cuts))]
+    seen = [slice(start, min(start + tile, side)) for start in starts]
+    return [(span, slice(*kept)) for span, kept in zip(seen, pairwise(cuts))]
 
 
-def _resize(x: Tensor, size: Sequence[int], antialias: bool = False) -> Tensor:
-    """Bilinear (N, C, H, W) -> (N, C, *size); the very tensor where the size is already right."""
-    if tuple(x.shape[-2:]) == tuple(size):
+def _resize(x: Tensor, size: tuple[int, ...], antialias: bool = False) -> Tensor:
+    """Bilinear (N, C, H, W) -> (N, C, *size); the same tensor if it has that size."""
+    if x.shape[-2:] == size:
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    return F.interpolate(x, size, mode="bilinear", antialias=antialias)
 
 
-def predict_stream(predictor: Predictor, items: Iterable[tuple[str, np.ndarray]],
-                   batch_size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, (H, W, 3) uint8 image) -> (name, image, (H, W) uint8 class ids), in batches of images of one size.
+def enlarge_by_rows(prob: Tensor, size: tuple[int, int], rows: int) -> Iterator[Part]:
+    """(N, C, h, w) -> the bilinearly enlarged probabilities of ``rows`` rows at a time."""
+    height, width = size
+    last = prob.shape[2] - 1
+    for top in range(0, height, rows):
+        y = torch.arange(top, min(top + rows, height), device=prob.device)
+        center = ((y + 0.5) * (prob.shape[2] / height) - 0.5).clamp(0, last)
+        above = center.long()
+        below = (above + 1).clamp_max(last)
+        strip = prob[:, :, above].lerp(prob[:, :, below], (center - above)[:, None])
+        yield (slice(top, top + len(y)), slice(width)), _resize(strip, (len(y), width))
 
-    A batch has at most ``batch_size`` images and, but for a single one, the pixels of a tile.
+
+def validate(
+    predictor: Predictor, loader: DataLoader, on_batch: Callable[[Tensor], None] | None = None
+) -> dict:
+    """Score batches of (images (N, 3, H, W), masks (N, H', W')) at the size of the masks.
+
+    on_batch: receives the predicted class ids (N, H', W') of every batch.
+    Returns the metric's scores and ``loss``, the mean cross-entropy of the labelled pixels, NaN if
+    there are none; under torchrun, those of the batches of all processes.
+    Raises UserError if the network's outputs are not finite.
     """
-    batch: list[tuple[str, np.ndarray]] = []
-
-    def run() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for (name, image), ids in zip(batch, predictor.predict([image for _, image in batch])):
-            yield name, image, ids
-
-    for name, image in items:
-        height, width = image.shape[:2]
-        if batch and (batch[0][1].shape != image.shape or len(batch) == batch_size
-                      or (len(batch) + 1) * height * width > predictor.tile ** 2):
-            yield from run()
-            batch = []
-        batch.append((name, image))
-    if batch:
-        yield from run()
-
-
-def fitting_batch(batch_size: int, sizes: Collection[tuple[int, int]], num_classes: int) -> int:
-    """How many images to score at once: one if their sizes (H, W) differ, and as many as MAX_PROBABILITIES allow."""
-    if len(sizes) != 1:
-        return 1
-    (height, width), = sizes
-    return max(1, min(batch_size, MAX_PROBABILITIES // (num_classes * height * width)))
-
-
-def fitting_tile(num_classes: int) -> int:
-    """The side of tiles of which MAX_PROBABILITIES allow all classes; TILE at most."""
-    return min(TILE, math.isqrt(MAX_PROBABILITIES // num_classes))
+    classes = predictor.classes
+    metric = SegmentationMetric(len(classes), classes.ignore_index)
+    loss = torch.zeros((), device=predictor.device)
+    for images, masks in progress(loader, desc="val", unit="batch"):
+        masks = masks.to(predictor.device, non_blocking=True)
+        ids = torch.empty_like(masks, dtype=torch.uint8)
+        for window, prob in predictor.parts(images, masks.shape[-2:]):
+            ids[:, *window] = most_probable(prob)
+            mask = masks[:, *window]
+            labelled = mask != classes.ignore_index
+            target = torch.where(labelled, mask, 0).unsqueeze(1)
+            of_target = prob.gather(1, target).squeeze(1)
+            loss -= (of_target.clamp_min(1e-8).log() * labelled).sum()
+        metric.update(ids, masks)
+        if on_batch:
+            on_batch(ids)
+    metric.matrix = sum_over_processes(metric.matrix.to(predictor.device))
+    loss = sum_over_processes(loss)
+    if not loss.isfinite():
+        raise UserError(NOT_FINITE)
+    pixels = int(metric.matrix.sum())
+    return metric.compute() | {"loss": loss.item() / pixels if pixels else math.nan}
 
 
 def add_inference_flags(parser: Parser) -> None:
     """The flags of every command that runs a trained network."""
-    add = parser.add_argument_group("network").add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="by default the newest checkpoint/*_best.pth, else the shipped")
-    add("--tta", choices=TTA, default="none", help="test-time augmentation: average over mirrored and resized views")
-    add("--max_side", type=number(int, 0), metavar="PX", help="shrink longer images to it before the network, and "
-        "enlarge the result; 0: never; by default as in training")
-    add("--tile", type=number(int, 64), metavar="PX", help=f"larger images go in overlapping tiles; by default {TILE}, "
-        "and smaller ones for more than 69 classes")
-    add("--batch_size", type=number(int, 1), default=4, help="images of one size at a time")
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="mixed precision; auto: on CUDA, "
-        "and bf16 on CPUs that multiply it")
+    parser.add_flags(
+        "network",
+        ("--checkpoint", Path, None, CHECKPOINT_HELP),
+        ("--tta", tuple(TTA), "none", "average over mirrored and resized views"),
+        ("--max_side", number(int, 0), None, MAX_SIDE_HELP),
+        ("--tile", number(int, 64), 0, "side of a tile in px; 0: up to 960"),
+    )
+    add_device_flags(parser)

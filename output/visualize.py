@@ -1,4 +1,5 @@
 """Pictures: masks, overlays, panels, training curves."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,74 +9,84 @@ from PIL import Image, ImageDraw, ImageFont
 from datasets.classes import ClassSet
 from support.files import write_file
 
+STRIP = 256  # rows of an overlay that are blended at a time, to save memory
+
 
 def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
-    """(H, W) class ids -> a palette image whose pixel values are the ids and whose palette is the classes' colours."""
+    """(H, W) class ids -> a palette image: its values are the ids, its palette their colours.
+
+    ids: of the classes, or their ``ignore_index``.
+    """
     image = Image.fromarray(ids.astype(np.uint8))
-    image.putpalette(classes.to_rgb(np.arange(256)).tobytes())
+    colors = max(len(classes), classes.ignore_index + 1)  # few colours save with 4 bits a pixel
+    image.putpalette(classes.to_rgb(np.arange(colors)).tobytes())
     return image
 
 
-def overlay_image(image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> Image.Image:
-    """(H, W, 3) uint8 image and (H, W) class ids -> the image under the classes' colours at opacity ``alpha``."""
+def overlay_image(
+    image: np.ndarray, ids: np.ndarray, classes: ClassSet, alpha: float = 0.5
+) -> Image.Image:
+    """(H, W, 3) uint8 image, (H, W) class ids -> the image under colours of opacity ``alpha``."""
     overlay = Image.new("RGB", image.shape[1::-1])
-    step = max(1, 8_000_000 // image.shape[1])
-    for top in range(0, len(image), step):  # rows at a time: a large photograph is in memory once
-        rows = slice(top, top + step)
-        colors = classes.to_rgb(ids[rows])
-        overlay.paste(Image.blend(Image.fromarray(image[rows]), Image.fromarray(colors), alpha), (0, top))
+    for top in range(0, len(image), STRIP):
+        rows = slice(top, top + STRIP)
+        colors = Image.fromarray(classes.to_rgb(ids[rows]))
+        overlay.paste(Image.blend(Image.fromarray(image[rows]), colors, alpha), (0, top))
     return overlay
 
 
 def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:
-    """The image with a box of the ``shown`` classes' colours and names in its lower left corner, if it fits legibly."""
-    import matplotlib  # whose font knows more letters than Pillow's
+    """The image with the colours and names of the ``shown`` classes in its lower left corner.
 
-    names = [(classes.names[i], classes.colors[i]) for i in shown]
-    row = min(image.height // 24, (image.height - 4) // (len(names) + 1))
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), max(1, round(0.7 * row)))
-    width = round(2.5 * row + max(font.getlength(name) for name, _ in names))
-    if row < 8 or width > image.width:
+    If the legend would not be legible or does not fit, the image is returned as it is.
+    """
+    import matplotlib  # its font has more letters than Pillow's
+
+    row = image.height // 24
+    path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    font = ImageFont.truetype(path, max(1, 0.7 * row))
+    width = 2 * row + max(font.getlength(classes.names[i]) for i in shown) + row // 2
+    height = (len(shown) + 0.5) * row
+    if row < 8 or width > image.width or height + row > image.height:
         return image
-    box = Image.new("RGB", (width, round((len(names) + 0.5) * row)))
+    box = Image.new("RGB", (round(width), round(height)))
     draw = ImageDraw.Draw(box)
-    for i, (name, color) in enumerate(names):
-        top = round((i + 0.25) * row)
-        draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=color)
-        draw.text((2 * row, top + row // 2), name, "white", font, anchor="lm")
+    for k, i in enumerate(shown):
+        top = round((k + 0.25) * row)
+        draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=classes.colors[i])
+        draw.text((2 * row, top + row // 2), classes.names[i], "white", font, anchor="lm")
     image.paste(box, (row // 2, image.height - box.height - row // 2))
     return image
 
 
-def panel_image(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet) -> Image.Image:
-    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, in the first image's size, below a
-    line that says so.
+def panel_image(
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet
+) -> Image.Image:
+    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side.
+
+    All are shown at the size of the first image.
     """
     height, width = rows[0][0].shape[:2]
-    head = 2 * max(8, min(width // 12, height // 24))
-    panel = Image.new("RGB", (3 * width, head + len(rows) * height))
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(0.7 * head)
-    for j, title in enumerate(("image", "mask", "prediction")):
-        draw.text((j * width + width // 2, head // 2), title, "white", font, anchor="mm")
+    panel = Image.new("RGB", (3 * width, len(rows) * height))
     for i, (image, mask, prediction) in enumerate(rows):
         for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            panel.paste(tile, (j * width, head + i * height))
+            panel.paste(tile, (j * width, i * height))
     return panel
 
 
 def save_curves(history: list[dict], path: Path) -> None:
-    """Losses, mIoU and learning rate by epoch, as a PNG. The losses have scales of their own: they differ in kind."""
-    # Needs no display and no global state, and imported here keeps the commands' start fast.
+    """Losses, mIoU and learning rate by epoch, as a PNG."""
+    # Imported here, to keep the start of the commands fast. A Figure needs no display.
     from matplotlib.figure import Figure
 
-    curves = {"train_loss": "training loss", "val_loss": "val cross-entropy", "val_miou": "val mIoU",
-              "lr": "learning rate"}
-    figure = Figure(layout="constrained", figsize=(14, 3.5), dpi=100)
-    for axes, (key, title) in zip(figure.subplots(1, 4), curves.items()):
-        points = [(row["epoch"], row[key]) for row in history if key in row]  # not every epoch is validated
-        axes.plot(*zip(*points), marker="." if len(points) < 20 else "")
-        axes.set(title=title, xlabel="epoch")
+    figure = Figure(layout="constrained", figsize=(14, 3.5))
+    keys = ("train_loss", "val_loss", "val_miou", "lr")
+    for axes, key in zip(figure.subplots(1, 4), keys):
+        # Not every epoch is validated.
+        points = [(row["epoch"], row[key]) for row in history if key in row]
+        axes.plot(*zip(*points), ".-", markersize=3)
+        axes.set(title=key, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     write_file(path, figure.savefig)

@@ -1,97 +1,131 @@
-"""The device, its precision, its memory and its cores."""
-import contextlib
+"""The device: its precision, its memory, its cores, and the processes that share the work."""
+
 import ctypes
 import os
 import platform
-import re
 import signal
 import sys
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from support.command import UserError
+from support.command import Parser, UserError
+
+AMP_HELP = "mixed precision; auto: on CUDA, and bf16 on CPUs that multiply it"
+
+
+def add_device_flags(parser: Parser) -> None:
+    """The flags of the device and its precision."""
+    parser.add_flags(
+        "device",
+        ("--device", str, "auto", "auto, cuda, cuda:1, mps or cpu"),
+        ("--amp", ("auto", "fp16", "bf16", "off"), "auto", AMP_HELP),
+    )
 
 
 def select_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, then Apple's MPS, then the CPU. Raises UserError where the named device is missing."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    """``auto`` takes the accelerator that torch finds, such as CUDA or Apple's MPS, else the CPU.
+
+    Raises UserError if the named device is missing.
+    """
     if name == "auto":
-        name = next(kind for kind in count if count[kind])
-    known = re.fullmatch("(cuda|mps|cpu)(?::([0-9]{1,4}))?", name)
-    if not known or int(known[2] or 0) >= count[known[1]]:
-        raise UserError(f"--device {name} is not available here; use --device auto or cpu")
-    if known[1] == "cuda" and known[2]:
-        torch.cuda.set_device(int(known[2]))
-    if known[1] == "cpu":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):
+        raise UserError(f"--device {name} is not available here; use auto or cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
         keep_freed_memory()
-    return torch.device(name)
+    return device
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse what tensors free: fresh pages, cleared by the kernel, cost a fifth of a CPU training step."""
-    if platform.libc_ver()[0] == "glibc":
+    """Let glibc reuse freed memory.
+
+    Fresh pages, which the kernel clears, cost a fifth of a training step on a CPU.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread freed is for all, a decoded photograph above all
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: memory that one thread frees is available to all
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: memory goes back to the kernel at the end only
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return memory to the kernel at exit only
 
 
 def select_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, None for float32. ``auto``: bf16 where the hardware multiplies it, else fp16 on CUDA.
+    """The dtype for autocast, or None for float32.
 
-    Raises UserError where mixed precision is asked of a device that is neither CUDA nor a CPU.
+    ``auto``: bf16 where the hardware multiplies it, else fp16 on CUDA.
+    Raises UserError if mixed precision is requested on MPS.
     """
     if amp == "auto":
-        amp = "bf16" if multiplies_bf16(device) else "fp16" if device.type == "cuda" else "off"
-    elif amp == "bf16" and not multiplies_bf16(device):
-        print("--amp bf16 is emulated here, and slower than off", file=sys.stderr)
-    if amp in ("fp16", "bf16") and device.type not in ("cuda", "cpu"):
-        raise UserError(f"--amp {amp} needs CUDA or a CPU, this run is on {device.type}; use --amp auto or off")
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp)
+        fallback = "fp16" if device.type == "cuda" else "off"
+        amp = "bf16" if multiplies_bf16(device) else fallback
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp)
+    if dtype and device.type not in ("cuda", "cpu"):
+        raise UserError(f"--amp {amp} is not supported on {device.type}; use --amp auto or off")
+    return dtype
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16. ARM's CPUs are left out: nobody has timed a convolution there."""
+    """Whether the hardware multiplies bfloat16. ARM CPUs are unmeasured, and count as not."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and any(features.get(k) for k in ("avx512_bf16", "amx_bf16"))
 
 
-def memory_format(device: torch.device, dtype: torch.dtype | None, width: int) -> torch.memory_format:
-    """Of a network's weights, which convolutions then give their results, for training.
+def memory_format(
+    device: torch.device, dtype: torch.dtype | None, width: int
+) -> torch.memory_format:
+    """The memory format of a network's weights for training.
 
-    channels_last is a fifth faster, but slower by a tenth to a third for wide networks in float32 on CPUs.
+    channels_last is a fifth faster, except for wide networks in float32 on CPUs, where it is 10 to
+    30 % slower.
     """
     wide_on_cpu = device.type == "cpu" and dtype is None and width > 32
     return torch.contiguous_format if wide_on_cpu else torch.channels_last
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """The autocast context; a no-op where ``dtype`` is None."""
-    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-
-
-def repeatable(deterministic: bool) -> None:
-    """Have torch pick repeatable, slower kernels; else those that are the fastest for the sizes at hand."""
+def set_deterministic(deterministic: bool) -> None:
+    """Select repeatable, slower kernels, or let cuDNN find the fastest for the sizes at hand."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def loader_options(device: torch.device, workers: int | None) -> dict:
+    """The options of a DataLoader that depend on the machine. workers: None selects a number."""
+    return {
+        "num_workers": default_workers(device) if workers is None else workers,
+        "pin_memory": device.type == "cuda",
+        "worker_init_fn": init_worker,
+    }
+
+
 def default_workers(device: torch.device) -> int:
-    """How many processes load data: none where they would only take two CPU cores from the network."""
-    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = given // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared by torchrun's processes
+    """The number of data loader processes: none where they would take two CPU cores from training.
+
+    torchrun's processes share the cores.
+    """
+    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+    cores = len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cpu":
         return 2 if cores > 2 else 0
     return max(1, min(8, cores))
 
 
 def init_worker(worker_id: int) -> None:
-    """For data loader processes: leave signals to the main process, which ends its workers, and use one thread."""
+    """Leave Ctrl-C to the main process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # SIGTERM may go to all processes, or end this one alone: leave the main one time
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-    torch.set_num_threads(1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, in place; nothing changes in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x

@@ -1,10 +1,12 @@
-"""What several test files share: the specification's colours, generated scenes, real images, ways to run commands."""
+"""What several test files share: CamVid's colours, generated scenes, ways to run commands."""
+
 import contextlib
 import csv
 import importlib
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,40 +21,53 @@ from PIL import Image
 from datasets.synthetic import generate_dataset
 from support.command import run_command
 
-# A shell starts background jobs with Ctrl-C ignored, and the commands under test would inherit that.
+# A shell starts background jobs with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 REPO = Path(__file__).resolve().parents[1]
 # A training of seconds.
-SMALL = ("--width", 4, "--crop_size", 64, "--batch_size", 2, "--epochs", 2, "--step_size", 1, "--device", "cpu",
-         "--workers", 0)
+SMALL = shlex.split(
+    "--width 4 --crop_size 64 --batch_size 2 --epochs 2 --step_size 1 --device cpu --workers 0"
+)
 
-# The specification's table: the 12 classes in the order of their ids, then what joins them from the original 32.
-CLASSES = """Unlabelled 0,0,0; Sky 128,128,128; Building 128,0,0; Pole 192,192,128; Road 128,64,128; Sidewalk 0,0,192;
-Tree 128,128,0; SignSymbol 192,128,128; Fence 64,64,128; Car 64,0,128; Pedestrian 64,64,0; Bicyclist 0,128,192"""
+# The 12 classes in the order of their ids, then what joins them from the original 32.
+CLASSES = """Unlabelled 0,0,0; Sky 128,128,128; Building 128,0,0; Pole 192,192,128; Road 128,64,128;
+Sidewalk 0,0,192; Tree 128,128,0; SignSymbol 192,128,128; Fence 64,64,128; Car 64,0,128;
+Pedestrian 64,64,0; Bicyclist 0,128,192"""
 MERGES = """Building ← Bridge 0,128,64; Wall 64,192,0; Tunnel 64,0,64; Archway 192,0,128.
 Pole ← TrafficCone 0,0,64. Road ← LaneMkgsDriv 128,0,192; LaneMkgsNonDriv 192,0,64.
 Sidewalk ← ParkingBlock 64,192,128; RoadShoulder 128,128,192. Tree ← VegetationMisc 192,192,0.
 SignSymbol ← Misc_Text 128,128,64; TrafficLight 0,64,64.
 Car ← SUVPickupTruck 64,128,192; Truck_Bus 192,128,192; Train 192,64,128; OtherMoving 128,64,64.
-Pedestrian ← Child 192,128,64; CartLuggagePram 64,0,192; Animal 64,128,64. Bicyclist ← MotorcycleScooter 192,0,192"""
+Pedestrian ← Child 192,128,64; CartLuggagePram 64,0,192; Animal 64,128,64.
+Bicyclist ← MotorcycleScooter 192,0,192"""
 OTHER_COPIES = {(60, 40, 222): "Sidewalk", (255, 69, 0): "Road"}
 
 
 def read_table(text: str) -> dict[str, tuple[int, int, int]]:
     """{"Sky": (128, 128, 128), …} of "Sky 128,128,128; …"."""
-    return {name: tuple(map(int, color.split(","))) for name, color in map(str.split, text.split(";"))}
+    colors = {}
+    for entry in text.split(";"):
+        name, color = entry.split()
+        colors[name] = tuple(map(int, color.split(",")))
+    return colors
+
+
+def read_merges(text: str) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """{"Building": {"Bridge": (0, 128, 64), …}, …} of "Building ← Bridge 0,128,64; … . …"."""
+    parts = (line.split("←") for line in text.split("."))
+    return {into.strip(): read_table(colors) for into, colors in parts}
 
 
 TURNED = Image.Exif()
 TURNED[0x112] = 6  # the camera was turned: the upright image is the stored one turned clockwise
 COLORS = read_table(CLASSES)
-MERGED = {into: read_table(text) for into, text in (line.strip().split(" ← ") for line in MERGES.split("."))}
+MERGED = read_merges(MERGES)
 COLORS32 = COLORS | {name: color for colors in MERGED.values() for name, color in colors.items()}
 PALETTE = np.array([*COLORS.values()], np.uint8)  # (12, 3)
 
 
 def compare_per_class(rgb: np.ndarray, colors) -> np.ndarray:
-    """(H, W, 3) -> (H, W) uint8 ids, the slow way: one comparison per class; 255 where none matches."""
+    """(H, W, 3) -> (H, W) uint8 ids, one comparison per class; 255 where none matches."""
     matches = np.stack([(rgb == color).all(-1) for color in colors])
     return np.where(matches.any(0), matches.argmax(0), 255).astype(np.uint8)
 
@@ -75,17 +90,22 @@ def code_blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (REPO / page).read_text(encoding="utf-8"), re.S)
 
 
-def make_pair(root: Path, stem: str, ids: np.ndarray | None = None, split: str = "train") -> tuple[Path, Path]:
+def make_pair(
+    root: Path, stem: str, ids: np.ndarray | None = None, split: str = "train"
+) -> tuple[Path, Path]:
     """Write an image of noise and the mask of ``ids`` (default: 12×16 at random) -> their paths."""
     rng = np.random.default_rng(len(stem))
-    ids = rng.integers(0, 12, (12, 16)) if ids is None else ids
-    return (save(root / split / f"{stem}.png", rng.integers(0, 256, (*ids.shape, 3), dtype=np.uint8)),
-            save(root / f"{split}_labels" / f"{stem}.png", PALETTE[ids]))
+    if ids is None:
+        ids = rng.integers(0, 12, (12, 16))
+    noise = rng.integers(0, 256, (*ids.shape, 3), dtype=np.uint8)
+    image = save(root / split / f"{stem}.png", noise)
+    return image, save(root / f"{split}_labels" / f"{stem}.png", PALETTE[ids])
 
 
 def write_csv(root: Path, colors: dict[str, tuple[int, int, int]]) -> Path:
+    lines = [f"{name},{r},{g},{b}\n" for name, (r, g, b) in colors.items()]
     path = root / "class_dict.csv"
-    path.write_text("name,r,g,b\n" + "".join(f"{name},{r},{g},{b}\n" for name, (r, g, b) in colors.items()))
+    path.write_text("name,r,g,b\n" + "".join(lines))
     return path
 
 
@@ -96,18 +116,26 @@ def load(folder: Path, kind: str = "last") -> dict:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """The log that train.py left there."""
-    return [*csv.DictReader((folder / "checkpoint" / "unet_log.csv").read_text().splitlines())]
+    with open(folder / "checkpoint" / "unet_log.csv") as file:
+        return [*csv.DictReader(file)]
 
 
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
     """Start a command in a process of its own; ``datasets.check`` and the like by ``python -m``."""
-    # Newer Pythons warn of every fork of a process with threads, as torch's loader workers are made.
+    # Newer Pythons warn of every fork of a process with threads, such as of a loader's worker.
     # An interrupted command may leave a file to the interpreter.
-    warnings = "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-W", "ignore::ResourceWarning"
+    ignored = ("ignore:This process:DeprecationWarning", "ignore::ResourceWarning")
+    warnings = [f"-W{rule}" for rule in ("error", *ignored)]
     program = ("-m", script) if script.startswith("datasets.") else (REPO / script,)
-    return subprocess.Popen([sys.executable, *warnings, *map(str, (*program, *args))], cwd=cwd, text=True,
-                            start_new_session=True, env=os.environ | {"PYTHONPATH": str(REPO)},
-                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *warnings, *map(str, (*program, *args))],
+        cwd=cwd,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        **pipes | options,
+    )
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
@@ -127,22 +155,13 @@ def wait_for(condition) -> None:
     raise AssertionError
 
 
-@contextlib.contextmanager
-def limited(kind: str, most: int):
-    """Let this process have at most so much of a resource: "AS", its memory, or "FSIZE", the size of a file."""
-    import resource  # which Windows has not
-    number = getattr(resource, f"RLIMIT_{kind}")
-    before = resource.getrlimit(number)
-    try:
-        resource.setrlimit(number, (most, before[1]))
-        yield
-    finally:
-        resource.setrlimit(number, before)
-
-
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Run a command within this process, in a folder (by default tmp_path) -> exit status, stdout, stderr."""
+    """Run a command within this process, in a folder (by default tmp_path).
+
+    Returns the exit status, stdout and stderr.
+    """
+
     def call(script: str, *flags, cwd: Path = tmp_path) -> tuple[int, str, str]:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
@@ -155,15 +174,15 @@ def call(tmp_path, monkeypatch, capsys):
         finally:
             torch.use_deterministic_algorithms(False)  # what --deterministic has set
         out, err = capsys.readouterr()
-        assert "Traceback" not in err, err
-        assert not multiprocessing.active_children(), "the interpreter would wait for them at its end"
+        assert not multiprocessing.active_children()  # the interpreter would wait for them
         return status, out, err
+
     return call
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """A data folder of generated scenes, 96×72: 4 in train, 2 in val, 2 in test. Read it, do not change it."""
+    """A data folder of generated scenes, 96×72: 4 in train, 2 in val, 2 in test; read only."""
     root = tmp_path_factory.mktemp("data") / "street scenes ü"
     generate_dataset(root, {"train": 4, "val": 2, "test": 2}, (96, 72))
     return root
@@ -171,7 +190,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(scenes, tmp_path_factory) -> Path:
-    """A folder in which train.py ran with the flags SMALL, into checkpoint/; ``printed`` holds what it said."""
+    """A folder in which train.py ran with the flags SMALL; ``printed`` holds what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     out, err = finish(start("train.py", "--data_root", scenes, *SMALL, cwd=folder))
     assert err == ""
@@ -181,7 +200,7 @@ def trained(scenes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def camvid() -> Path:
-    """The 11-class CamVid, in the folder that the environment variable CAMVID names; skips where there is none."""
+    """The 11-class CamVid, in the folder that the environment variable CAMVID names."""
     root = REPO / os.environ.get("CAMVID", "not set")
     if not root.is_dir():
         pytest.skip("needs CamVid, in the folder that the environment variable CAMVID names")
@@ -190,13 +209,15 @@ def camvid() -> Path:
 
 @pytest.fixture(scope="module", params=["scenes", "camvid"])
 def frames(request) -> dict[str, list[tuple[str, np.ndarray, np.ndarray]]]:
-    """By split: (stem, (H, W, 3) uint8 image, (H, W) uint8 ids) of a few frames, generated and real."""
-    root, found = request.getfixturevalue(request.param), {}
-    for split in ("train", "val"):
-        paths, found[split] = sorted((root / split).iterdir()), []
-        for path in paths[::len(paths) // 2]:
-            image, mask = (np.array(Image.open(root / folder / path.name)) for folder in (split, f"{split}_labels"))
-            step = max(1, image.shape[1] // 160)  # pixels left out keep tests fast; colours stay the real ones
+    """By split: (stem, (H, W, 3) uint8 image, (H, W) uint8 ids) of frames, generated and real."""
+    root = request.getfixturevalue(request.param)
+    found = {"train": [], "val": []}
+    for split, samples in found.items():
+        paths = sorted((root / split).iterdir())
+        for path in paths[:: len(paths) // 2]:
+            image = np.array(opened(path))
+            mask = np.array(opened(root / f"{split}_labels" / path.name))
+            step = max(1, image.shape[1] // 160)  # fewer pixels are faster, with real colours
             ids = compare_per_class(mask[::step, ::step], PALETTE)
-            found[split].append((path.stem, image[::step, ::step], ids))
+            samples.append((path.stem, image[::step, ::step], ids))
     return found

@@ -1,74 +1,90 @@
-"""Two processes under torchrun average their gradients and share validation; a process that dies ends the run."""
+"""Two processes under torchrun train as one that accumulates their gradients."""
+
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL, finish, load, rows, wait_for
-from torch.utils.data import DataLoader
+from conftest import REPO, SMALL, finish, load, opened, rows, wait_for
 
-from datasets.camvid import CamVidDataset, EpochSampler
-from datasets.classes import CAMVID
+from datasets.camvid import EpochSampler
+from datasets.spec import open_data
 from datasets.synthetic import generate_dataset
-from datasets.transforms import eval_transform
-from metric import SegmentationMetric
-from support.device import default_workers
-from training.checkpoints import load_predictor
-from training.engine import validate
+from datasets.transforms import train_transform
+from train import get_args_parser
+from training.recipe import resolve_recipe
+from training.trainer import Trainer
 
-# Four updates an epoch, with 2 + 2 images each. Each process saves its network in the second; then one dies.
-FLAGS = ("--val_every", 1, "--amp", "off", "--resume", "auto")
-DYING = """
-import os, runpy, torch, train, training.engine
-steps, update, rank = iter(range(1, 9)), training.engine.update, os.environ["RANK"]
-def dying(model, *args):
-    step = next(steps)
-    assert step != 6 or rank == "0", "struck by lightning"
-    if step == 5:
-        torch.save(model.module.state_dict(), f"rank {rank}.pth")
-    return update(model, *args)
-training.engine.update = dying
-runpy.run_path(train.__file__, run_name="__main__")
-"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def torchrun(script: Path, data: Path, folder: Path, *flags) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-               "--data_root", data, *SMALL, *flags]
-    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, start_new_session=True)
+def torchrun(*flags, cwd) -> subprocess.Popen:
+    """Start train.py in two processes."""
+    command = [sys.executable, *TORCHRUN, REPO / "train.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*map(str, command)], cwd=cwd, text=True, env=env, start_new_session=True, **pipes
+    )
+
+
+@pytest.fixture
+def one_thread():
+    """As in torchrun's processes: more threads sum in another order, which training amplifies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
-def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
-    data = tmp_path / "scenes"
-    generate_dataset(data, {"train": 16, "val": 3}, (96, 72))  # 3 do not share out evenly
-    (tmp_path / "dying.py").write_text(DYING)
-    started, process = time.monotonic(), torchrun(tmp_path / "dying.py", data, tmp_path, *FLAGS)
-    assert "struck by lightning" in process.communicate()[1]
-    assert process.returncode == 1 and time.monotonic() - started < 60
-    first, second = (torch.load(tmp_path / f"rank {rank}.pth") for rank in (0, 1))
-    for name, tensor in first.items():  # equal weights by averaged gradients, other statistics of other images
-        assert torch.equal(tensor, second[name]) == ("running" not in name), name
-    out, err = finish(torchrun(REPO / "train.py", data, tmp_path, *FLAGS))
-    assert "Warning" not in err and "resumed after epoch 1" in out and out.count("epoch   2/2") == 1
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"] and not list(tmp_path.glob("*/.unfinished*"))
-    # Every pixel is scored once, and the weights that are saved are those scored.
-    loader = DataLoader(CamVidDataset(data, "val", CAMVID, eval_transform(), native_masks=True))
-    predictor, *_ = load_predictor(tmp_path / "checkpoint" / "unet_last.pth")
-    scores, expected = load(tmp_path)["scores"], validate(predictor, loader, SegmentationMetric(12, 0))
-    assert scores["pixels"] == expected["pixels"].tolist()
-    assert scores["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+def test_two_processes_equal_one_that_accumulates(tmp_path, one_thread):
+    """Two epochs of two updates, in two parts; each process has batches of two images."""
+    root = tmp_path / "scenes"
+    generate_dataset(root, {"train": 8, "val": 3}, (96, 72))  # 3 do not share out evenly
+    flags = ["--data_root", str(root), *SMALL, "--amp", "off", "--resume", "auto"]
+    for epochs in (1, 2):
+        _, err = finish(torchrun(*flags, "--epochs", epochs, cwd=tmp_path))
+        assert "Warning" not in err
+    args = get_args_parser().parse_args(flags)
+    args.resume = None
+    resolve_recipe(args)
+    data = open_data(args)
+    dataset = data.dataset("train", train_transform(args.crop_size, 0, args.scale, args.jitter))
+    alone = Trainer(args, data, torch.device("cpu"), steps_per_epoch=2)
+    alone.model.train()
+    samplers = [EpochSampler(8, args.seed, rank, 2) for rank in range(2)]
+    for epoch in (1, 2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        for step in range(2):
+            for share in shares:
+                samples = [dataset[key] for key in share[2 * step : 2 * step + 2]]
+                images, masks = map(torch.stack, zip(*samples))
+                (alone.loss_fn(alone.model(images), masks) / 2).backward()
+            alone.optimizer.step()
+            alone.optimizer.zero_grad()
+            alone.scheduler.step()
+            alone.ema.update(alone.model)
+    last = load(tmp_path)
+    for name, parameter in alone.model.named_parameters():
+        torch.testing.assert_close(last["training"]["model"][name], parameter.data)
+    for name, parameter in alone.ema.module.named_parameters():
+        torch.testing.assert_close(last["state_dict"][name], parameter)
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
+    masks = [np.asarray(opened(path)) for path in (root / "val_labels").iterdir()]
+    labelled = sum(mask.any(-1).sum() for mask in masks)
+    assert sum(last["scores"]["pixels"]) == labelled, "each image is scored once"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
-def test_a_killed_torchrun_leaves_no_process_training(scenes, tmp_path):
-    process = torchrun(REPO / "train.py", scenes, tmp_path, "--epochs", 10_000)
-    wait_for(lambda: (tmp_path / "checkpoint" / "unet_last.pth").exists())
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a parent has died")
+def test_a_killed_torchrun_leaves_no_process(scenes, tmp_path):
+    process = torchrun("--data_root", scenes, *SMALL, "--epochs", 10_000, cwd=tmp_path)
+    wait_for((tmp_path / "checkpoint" / "unet_last.pth").exists)
     process.kill()
     process.communicate(timeout=120)
     with pytest.raises(ProcessLookupError):
@@ -76,24 +92,15 @@ def test_a_killed_torchrun_leaves_no_process_training(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("size, processes, batch", [(16, 2, 4), (17, 2, 3), (5, 3, 1), (2, 4, 1)])
-def test_shards_make_up_the_epoch(size, processes, batch):
-    shards = [list(EpochSampler(size, 1, rank, processes)) for rank in range(processes)]
-    assert {len(shard) for shard in shards} == {len(EpochSampler(size, 1, 0, processes))}
-    order, together = list(EpochSampler(size, 1)), [key for keys in zip(*shards) for key in keys]
-    assert together[:size] == order and set(together) == set(order)
-    # A batch of the run is that of a single process with so many times the batch.
-    for step in range(size // (batch * processes)):
-        shares = [key for shard in shards for key in shard[step * batch:(step + 1) * batch]]
-        assert sorted(shares) == sorted(order[step * batch * processes:(step + 1) * batch * processes])
-
-
-@pytest.mark.parametrize("device,cores,processes,expected", [
-    ("cpu", 1, 1, 0), ("cpu", 2, 1, 0), ("cpu", 16, 1, 2), ("cpu", None, 1, 0), ("cpu", 16, 8, 0), ("cuda", 2, 1, 2),
-    ("cuda", 16, 1, 8), ("cuda", 16, 4, 4)])
-def test_loader_processes_suit_the_machine(monkeypatch, device, cores, processes, expected):
-    monkeypatch.setattr("os.cpu_count", lambda: None)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
-    if cores is None:  # systems that cannot say it
-        monkeypatch.delattr("os.sched_getaffinity")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert default_workers(torch.device(device)) == expected
+def test_the_shares_of_the_processes_make_up_the_epoch(size, processes, batch):
+    """A batch of all processes is one of a single process that is so many times as large."""
+    order = list(EpochSampler(size, seed=1))
+    shares = [list(EpochSampler(size, 1, rank, processes)) for rank in range(processes)]
+    together = [key for keys in zip(*shares) for key in keys]
+    assert together[:size] == order
+    assert set(together) == set(order)
+    for start in range(0, size - batch * processes + 1, batch * processes):
+        of_one = order[start : start + batch * processes]
+        first = start // processes
+        of_all = [key for share in shares for key in share[first : first + batch]]
+        assert sorted(of_all) == sorted(of_one)

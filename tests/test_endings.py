@@ -1,240 +1,336 @@
-"""How commands end when they are stopped, nobody reads what they print, or the disk is full; what memory they take."""
-import importlib
+"""How commands end: by a signal, a kill, a closed pipe, a full disk, a mistake or a bug."""
+
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import REPO, SMALL, finish, load, opened, start, wait_for
+import torch
+from conftest import REPO, SMALL, load, opened, rows, save, start, wait_for
 from PIL import Image
 
 import train
-from support.command import Parser, run_command
-from support.images import open_image
-from training.checkpoints import SHIPPED
-from training.engine import NonFiniteLoss
+from datasets.synthetic import generate_dataset
+from inference.checkpoints import SHIPPED
+from inference.predictor import Predictor
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and links as on POSIX systems")
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-MANY = 1500
-
-
-@pytest.fixture(scope="module")
-def many(scenes, tmp_path_factory) -> Path:
-    """A data folder of two scenes under many names, as images and masks of val."""
-    root = tmp_path_factory.mktemp("many")
-    for folder in ("val", "val_labels"):
-        (root / folder).mkdir()
-        for i in range(MANY):
-            os.link(sorted((scenes / folder).iterdir())[i % 2], root / folder / f"{i:05}.png")
-    return root
-
-
-# A command, what shows that it is at work (a file that it wrote, both workers, because importing starts a process too,
-# or that it has an image open just now), and the signal: Ctrl-C reaches workers too, SIGTERM the command alone.
-@needs_proc
-@pytest.mark.parametrize("typed, at_work, number", [
-    (f"train.py --data_root SCENES {' '.join(map(str, SMALL))} --epochs 10000 --workers 1",
-     lambda cwd, proc: (cwd / "checkpoint" / "unet_last.pth").exists(), signal.SIGINT),
-    ("predict.py --image_dir MANY/val --save_dir out",
-     lambda cwd, proc: len(list(cwd.glob("out/*"))) > 20, signal.SIGTERM),
-    ("evaluate.py --data_root MANY --workers 2",
-     lambda cwd, proc: sum(len(path.read_text().split()) for path in proc.glob("task/*/children")) == 2, signal.SIGINT),
-    ("datasets.check --data_root MANY",
-     lambda cwd, proc: any("/many" in os.path.realpath(path) for path in proc.glob("fd/*")), signal.SIGTERM),
-    ("datasets.synthetic --out out --size 96 72 --train 100000",
-     lambda cwd, proc: list(cwd.glob("out/.*/train_labels/*")), signal.SIGINT)])
-def test_a_signal_leaves_what_is_finished_and_nothing_else(scenes, many, tmp_path, typed, at_work, number):
-    words = [word.replace("SCENES", str(scenes)).replace("MANY", str(many)) for word in typed.split()]
-    process = start(*words, cwd=tmp_path)
-    wait_for(lambda: at_work(tmp_path, Path(f"/proc/{process.pid}")))
-    time.sleep(0.5)  # for workers to have started
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, err = finish(process, 128 + number)
-    assert err.count("\n") == (4 if "train.py" in typed else 1), err
-    with pytest.raises(ProcessLookupError):
-        wait_for(lambda: os.killpg(process.pid, 0))  # no worker is left
-    assert not list(tmp_path.rglob(".unfinished*"))
-    for path in tmp_path.glob("out/*.png"):
-        opened(path)
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+FROM_THE_REPOSITORY = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch, capsys, number):
-    """A module written in C could turn it into an ImportError, and break at the interpreter's end."""
-    (tmp_path / f"library{number}.py").write_text(
-        f"import signal, time\ntry:\n    signal.raise_signal({number})\n    time.sleep(0.2)\nexcept BaseException:\n"
-        "    raise ImportError('initialization failed')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prog"])
+def test_a_stopped_training_prints_how_to_continue(scenes, tmp_path, call, monkeypatch, number):
+    """It is stopped in its second epoch."""
+    command = ("train.py", "--data_root", scenes, *SMALL)
+    validate = train.validate
 
-    def work(args):
-        importlib.import_module(f"library{number}")
-        time.sleep(10)
-
-    assert run_command(work, Parser(prog="prog")) == 128 + number and f"library{number}" in sys.modules
-    assert capsys.readouterr().err == f"prog: {'interrupted' if number == signal.SIGINT else 'terminated'}\n"
-
-
-def test_a_closed_pipe_ends_quietly(scenes, tmp_path, call, monkeypatch):
-    """In a process, for what the interpreter says at its end; then the other commands."""
-    def closed() -> int:
-        read, write = os.pipe()
-        os.close(read)
-        return write
-
-    process = start("predict.py", "--image_dir", scenes / "val", cwd=tmp_path, stdout=closed())
-    assert finish(process, 128 + signal.SIGPIPE)[1] == ""
-    for command, *flags in (("train.py", *SMALL), ("evaluate.py",), ("datasets.check",)):
-        with open(closed(), "w") as pipe, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", pipe)
-            status, _, err = call(command, "--data_root", scenes, *flags)
-        assert status == 128 + signal.SIGPIPE and err == ""
-
-
-def train_until(monkeypatch, call, scenes: Path, epoch: int, action) -> tuple[int, str, str]:
-    """Run train.py, and ``action()`` after the updates of an epoch, before its validation."""
-    validate, epochs = train.validate, iter((1, 2))
-
-    def act_and_validate(*args):
-        if next(epochs) == epoch:
-            action()
+    def validate_or_stop(*args):
+        if (tmp_path / "checkpoint" / "unet_last.pth").exists():
+            signal.raise_signal(number)
         return validate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", act_and_validate)
-        return call("train.py", "--data_root", scenes, *SMALL)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_says_how_to_go_on(trained, scenes, tmp_path, call, monkeypatch, number):
-    """In its second epoch; in the first there is nothing to go on from, but what an earlier run left is untouched."""
-    status, _, err = train_until(monkeypatch, call, scenes, 2, lambda: signal.raise_signal(number))
-    *_, hint, typed, _ = err.splitlines()
-    assert status == 128 + number and "add to the same command:" in hint
-    assert shlex.split(typed) == ["--resume", "checkpoint/unet_last.pth"]
+        patch.setattr(train, "validate", validate_or_stop)
+        status, _, err = call(*command)
+    assert status == 128 + number
     assert len(load(tmp_path)["training"]["history"]) == 1
-    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").glob("[!.]*")}
-    status, out, err = train_until(monkeypatch, call, scenes, 1, lambda: signal.raise_signal(number))
-    assert status == 128 + number and "moved the earlier run" in out and "no epoch was finished" in err
-    aside, = (tmp_path / "checkpoint").glob("unet_until_*")
-    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
-    # Its own best weights, where a fine-tuning began, are among what has moved.
-    resume = "--init_from", "checkpoint/unet_best.pth", "--resume", aside / "unet_last.pth"
-    assert "resumed after epoch 1" in call("train.py", "--data_root", scenes, *SMALL, *resume)[1]
+    typed = re.search(r"^  (--resume .*)$", err, re.M)[1]
+    assert call(*command, *shlex.split(typed))[0] == 0
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
 
 
-def test_a_vanished_folder_or_a_lost_loss_end_training_in_one_line(scenes, tmp_path, call, monkeypatch):
-    def lose():
-        raise NonFiniteLoss(1)
+@pytest.mark.slow
+@needs_posix
+def test_ctrl_c_ends_the_processes_that_load_data_too(scenes, tmp_path):
+    flags = ("--data_root", scenes, *SMALL, "--epochs", 10_000, "--workers", 1)
+    process = start("train.py", *flags, cwd=tmp_path)
+    wait_for((tmp_path / "checkpoint" / "unet_last.pth").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.killpg(process.pid, 0))
+    assert not list(tmp_path.rglob(".unfinished*"))
 
-    status, _, err = train_until(monkeypatch, call, scenes, 1, lose)
-    assert status == 1 and err.count("\n") == 1 and "in epoch 1, step 2, with " in err
-    assert [i for i, path in enumerate(sorted((scenes / "train").iterdir())) if path.name in err] == [0, 2]
-    status, _, err = train_until(monkeypatch, call, scenes, 2, lambda: shutil.rmtree(tmp_path / "checkpoint"))
-    assert status == 1 and "train.py: error: checkpoint/unet_" in err and "cannot be written" in err
+
+def test_a_stopped_prediction_continues_with_skip_existing(scenes, tmp_path, call, monkeypatch):
+    predict = Predictor.predict
+    images = iter(range(4))
+
+    def predict_or_stop(*args):
+        if next(images) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return predict(*args)
+
+    command = ("predict.py", "--image_dir", scenes / "train", "--no-overlay", "--skip_existing")
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "predict", predict_or_stop)
+        assert call(*command)[0] == 128 + signal.SIGTERM
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*_mask.png")}
+    assert len(written) < 4
+    assert call(*command)[0] == 0
+    masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*_mask.png")}
+    assert len(masks) == 4
+    assert written.items() <= masks.items()
 
 
-IN_A_NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]
-FULL_DISK = """
-import os, subprocess, sys, torch, train
+@needs_posix
+@pytest.mark.parametrize(
+    "command, flag, split",
+    [
+        ("train.py", "--data_root", ""),
+        ("evaluate.py", "--data_root", ""),
+        ("predict.py", "--image_dir", "val"),
+        ("datasets.check", "--data_root", ""),
+    ],
+)
+def test_a_closed_pipe_ends_quietly(scenes, call, monkeypatch, command, flag, split):
+    read, write = os.pipe()
+    os.close(read)
+    small = SMALL if command == "train.py" else ()
+    with open(write, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        status, _, err = call(command, flag, scenes / split, *small)
+    assert (status, err) == (128 + signal.SIGPIPE, "")
+
+
+# Imports once and forks a process for each run.
+DRIVER = """
+import matplotlib.figure, os, random, signal, sys, time, train
+from pathlib import Path
 from support.command import run_command
 
-def run(epochs):
-    sys.argv = ["train.py", *{flags!r}, "--checkpoint", "disk/run", "--resume", "auto", "--epochs", str(epochs)]
-    status = run_command(train.main, train.get_args_parser())
-    assert not [name for name in os.listdir("disk/run") if name.startswith(".unfinished")]
-    return status, len(torch.load("disk/run/unet_last.pth")["training"]["history"])
+def start(checkpoint, *flags, at=None, nth=0):
+    "Fork a training that kills itself with the nth file torn, or before or after its renaming."
+    pid = os.fork()
+    if pid:
+        return pid
+    sys.stdout = open(os.devnull, "w")
+    sys.argv = ["train.py", *{flags!r}, "--checkpoint", checkpoint, *flags]
+    write, replace, left = Path.write_bytes, os.replace, iter(range(nth, 0, -1))
+    def reach(what, path):
+        if what == at and next(left, 0) == 1:
+            print(what, file=open("kills", "a"), flush=True)
+            os.truncate(path, os.path.getsize(path) // (2 if what == "torn" else 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+    Path.write_bytes = lambda path, data: (write(path, data), reach("torn", path))
+    os.replace = lambda path, to: (reach("before", path), replace(path, to), reach("after", to))
+    os._exit(run_command(train.main, train.get_args_parser()))
 
-assert run(1) == (0, 1)
-for left in (64, 0):  # kilobytes: enough for the log alone, or for nothing
-    with open("disk/filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, os.statvfs("disk").f_bavail * os.statvfs("disk").f_bsize - 1024 * left)
-    assert run(2) == (1, 1)
-    os.remove("disk/filler")
-subprocess.run(["mount", "-o", "remount,ro", "disk"], check=True)
-assert run(2) == (1, 1)
-subprocess.run(["mount", "-o", "remount,rw", "disk"], check=True)
-assert run(2) == (0, 2)
+begun = time.monotonic()
+assert os.waitpid(start("whole"), 0)[1] == 0
+length = time.monotonic() - begun
+rng, kills = random.Random(0), 0
+while kills < 20:
+    at = rng.choice(["any time", "any time", "torn", "before", "after"])
+    nth = rng.randint(1, 4 if at == "torn" else 12)
+    workers = rng.choice(["0", "0", "2"])
+    pid = start("killed", "--resume", "auto", "--workers", workers, at=at, nth=nth)
+    if at == "any time":
+        time.sleep(rng.uniform(0, 0.7 * length))
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    if status:
+        kills += 1
+    else:  # it came to its end: begin once more
+        Path("killed").rename("finished%d" % len([*Path().glob("finished*")]))
+assert os.waitpid(start("killed", "--resume", "auto"), 0)[1] == 0
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(subprocess.run([*IN_A_NAMESPACE, "mount -t tmpfs none /mnt"], capture_output=True).returncode != 0
-                    if shutil.which("unshare") else True, reason="needs a private file system")
-def test_a_full_and_a_read_only_disk_keep_the_last_checkpoint(scenes, tmp_path):
-    code = FULL_DISK.format(flags=["--data_root", str(scenes), *map(str, SMALL)])
-    script = f"mkdir disk; mount -t tmpfs -o size=20m none disk; exec {sys.executable} -c {shlex.quote(code)}"
-    done = subprocess.run([*IN_A_NAMESPACE, script], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"PYTHONPATH": str(REPO)})
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    weights, full, read_only = [line for line in done.stderr.splitlines() if "error: disk/run" in line]
-    assert ".pth: cannot be written (No space" in weights and "No space left" in full and "Read-only" in read_only
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_twenty_moments_and_resumed_a_run_ends_the_same(tmp_path):
+    data = tmp_path / "scenes"
+    generate_dataset(data, {"train": 10, "val": 3}, (96, 72))
+    flags = ["--data_root", str(data), *SMALL, "--batch_size", "4", "--epochs", "5"]
+    code = DRIVER.format(flags=[*flags, "--deterministic"])
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=FROM_THE_REPOSITORY, timeout=500, check=True)
+    kills = (tmp_path / "kills").read_text().split()
+    assert set(kills) == {"torn", "before", "after"}
+    assert len(kills) < 20, "and at any time"
+    whole = tmp_path / "whole"
+    names = {path.name for path in whole.iterdir()}
+    for other in (tmp_path / "killed", *tmp_path.glob("finished*")):
+        # A run that is killed in its first epoch, between its best and last file, is archived.
+        assert {path.name for path in other.iterdir() if path.is_file()} == names
+        assert (other / "unet_log.csv").read_bytes() == (whole / "unet_log.csv").read_bytes()
+        for name in ("unet_best.pth", "unet_last.pth"):
+            ours = torch.load(other / name) | {"config": 0}  # it holds the folder
+            expected = torch.load(whole / name) | {"config": 0}
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_proc
-@pytest.mark.slow
-def test_prediction_of_many_files_stays_flat_and_goes_on_where_it_was_killed(trained, many, tmp_path):
-    """1,500 small images stand for the 10,000 that are promised: a picture that stays in memory would add 20 kB each,
-    30 MB in all, an open file one descriptor.
-    """
-    flags = ("--image_dir", many / "val", "--save_dir", "out", "--no-overlay", "--skip_existing", "--checkpoint",
-             trained / "checkpoint" / "unet_best.pth")
-    process = start("predict.py", *flags, cwd=tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("out/*"))) > 50)
-    process.kill()
-    process.communicate()
-    there = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*_mask.png")}
-    process, memory = start("predict.py", *flags, cwd=tmp_path), []
-    while process.poll() is None:
-        if len(there) + 200 < len(os.listdir(tmp_path / "out")) < MANY - 20:
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])  # in memory
-            memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
-            if len(os.listdir(f"/proc/{process.pid}/fd")) >= 64:
-                process.kill()
-        time.sleep(0.02)
-    assert f"{len(there)} of {MANY} images have their pictures already" in finish(process)[0]
-    masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*_mask.png")}
-    assert len(masks) == MANY and there.items() <= masks.items() and not list(tmp_path.glob("out/.unfinished*"))
-    assert len(memory) > 10 and max(memory) < memory[0] + 10e6
+@needs_posix
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(trained, tmp_path, scenes, call):
+    import resource  # which Windows does not have
+
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    last = tmp_path / "checkpoint" / "unet_last.pth"
+    before = last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # enough for the log alone
+    try:
+        resume = ("--epochs", 3, "--resume", "auto")
+        status, _, err = call("train.py", "--data_root", scenes, *SMALL, *resume)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert last.read_bytes() == before
+    assert not list(tmp_path.rglob(".unfinished*"))
 
 
-@needs_proc
-@pytest.mark.slow
-@pytest.mark.parametrize("size, max_side", [((11_000, 8_000), 480), ((11_000, 8_000), 2000), ((88_000, 1000), 480)])
-def test_a_photograph_of_88_megapixels_takes_less_than_two_gigabytes(tmp_path, size, max_side):
-    image = Image.linear_gradient("L").resize(size).convert("RGBA")
-    image.save(tmp_path / "photo.png", compress_level=1)
-    process = start("predict.py", "--image_dir", "photo.png", "--save_dir", "out", "--checkpoint", SHIPPED,
-                    "--max_side", max_side, cwd=tmp_path)
-    peak, status = 0, Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:  # not wait4's peak: a started program inherits that of the one which started it
-        known = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())  # of a process that has just ended nothing
-        peak = int(known[1]) * 1024 if known else peak
-        time.sleep(0.02)
-    assert process.returncode == 0 and 5e8 < peak < 2e9
-    assert open_image(tmp_path / "out" / "photo_overlay.png").size == image.size
-    finish(process)
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        ("train.py", "--data_root"),
+        ("train.py --data_root nowhere", "nowhere"),
+        ("train.py DATA --device tpu", "--device tpu"),
+        ("train.py DATA --pretrained", "--pretrained"),
+        ("train.py DATA --crop_size 8", "--crop_size 8"),
+        ("train.py DATA --resume nowhere.pth", "nowhere.pth"),
+        ("train.py DATA --resume moved_best.pth", "moved_last.pth"),
+        ("train.py DATA --checkpoint printed/run", "printed/run"),
+        ("evaluate.py DATA --split dev", "dev"),
+        ("evaluate.py DATA --data_name camvid32", "was trained on"),
+        ("predict.py IMAGES --num_classes 11", "--num_classes 11"),
+        ("predict.py IMAGES --save_dir printed", "printed"),
+        ("predict.py --image_dir checkpoint --save_dir checkpoint", "--save_dir checkpoint"),
+        ("export.py --out model.tflite", "model.tflite"),
+        ("datasets.check --data_root checkpoint", "checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(call, trained, scenes, typed, said):
+    """In a folder with a trained network."""
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in trained.rglob("[!.]*")}
+
+    before = files()
+    typed = typed.replace("DATA", "--data_root SCENES").replace("IMAGES", "--image_dir SCENES/val")
+    words = [word.replace("SCENES", str(scenes)) for word in typed.split()]
+    status, _, err = call(*words, cwd=trained)
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert files() == before
 
 
-MEASURE = """
-import torch
-from support.device import keep_freed_memory
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
-keep_freed_memory()
-before = resident()
-torch.ones(60_000_000)
-assert resident() > before + 200e6
+NOISE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+BROKEN = {
+    "empty.png": b"",
+    "page.jpg": b"<html>",
+    "bomb.ppm": b"P6 60000 60000 255\n",
+    "half.jpg": b"half",
+    "half.png": b"half",
+}
+READABLE = {
+    "a.png": (12, 16),
+    "a.jpg": (12, 16),
+    "LOUD.PNG": (12, 16),
+    "ünï 写真.png": (12, 16),
+    "one pixel.png": (1, 1),
+    "wide.bmp": (1, 9999),
+}
+
+
+def test_broken_images_are_named_and_the_others_are_predicted(call, trained, tmp_path):
+    for name, size in READABLE.items():
+        save(tmp_path / "images" / name, np.resize(NOISE, (*size, 3)))
+    for name, content in BROKEN.items():
+        path = tmp_path / "images" / name
+        path.write_bytes(content)
+        if content == b"half":
+            save(path, np.resize(NOISE, (150, 200, 3)))
+            os.truncate(path, path.stat().st_size // 2)
+    checkpoint = trained / "checkpoint" / "unet_best.pth"
+    command = "predict.py --image_dir images --tile 64 --tta flip+scale --max_side 300 --checkpoint"
+    status, _, err = call(*command.split(), checkpoint)
+    assert status == 1
+    assert all(f"images/{name}" in err for name in BROKEN)
+    sizes = {path.name: opened(path).size[::-1] for path in tmp_path.glob("predictions/[!.]*")}
+    expected = {}
+    for name, size in READABLE.items():
+        stem = name.replace(".", "_") if name.startswith("a.") else Path(name).stem
+        expected |= {f"{stem}_mask.png": size, f"{stem}_overlay.png": size}
+    assert sizes == expected
+
+
+def run_script(path: Path, code: str, *flags) -> subprocess.CompletedProcess:
+    path.write_text(code)
+    command = [sys.executable, path, *flags]
+    return subprocess.run(command, cwd=path.parent, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the repository to edit."""
+    folder = tmp_path_factory.mktemp("copy") / "unet"
+    ignored = shutil.ignore_patterns(".*", "tests", "docs", "checkpoint", "__pycache__")
+    return shutil.copytree(REPO, folder, ignore=ignored)
+
+
+def test_an_error_in_a_users_script_shows_its_traceback(copy):
+    done = run_script(copy / "mine.py", 'import datasets.camvid\nopen("missing.json")\n')
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert 'mine.py", line 2' in done.stderr
+    assert "FileNotFoundError" in done.stderr
+
+
+@needs_posix
+def test_ctrl_c_in_a_users_script_runs_its_finally_blocks(tmp_path, monkeypatch):
+    code = (
+        "import signal, datasets.camvid\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
+        "finally:\n    print('tidied up')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    done = run_script(tmp_path / "mine.py", code)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "tidied up\n"
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_in_an_edited_dataset_shows_its_line(copy, scenes, workers):
+    edited = copy / "datasets" / "camvid.py"
+    code = (REPO / "datasets" / "camvid.py").read_text()
+    broken = 'open("extra_labels.json")'
+    edited.write_text(code.replace("if self.decoded:", f"{broken}\n        if self.decoded:"))
+    flags = ["--data_root", scenes, *SMALL, "--workers", str(workers)]
+    done = run_script(copy / "train.py", (REPO / "train.py").read_text(), *flags)
+    assert done.returncode == 1
+    assert str(edited) in done.stderr
+    assert broken in done.stderr
+    assert "FileNotFoundError" in done.stderr
+
+
+PEAK = """
+import predict
+from support.command import run_command
+assert run_command(predict.main, predict.get_args_parser()) == 0
+print(open("/proc/self/status").read())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_kept():
-    subprocess.run([sys.executable, "-c", MEASURE], cwd=REPO, check=True)
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_photograph_of_88_megapixels_takes_less_than_two_gigabytes(tmp_path):
+    photo = Image.linear_gradient("L").resize((11_000, 8_000))
+    photo.save(tmp_path / "photo.png", compress_level=1)
+    command = [sys.executable, "-c", PEAK, "--image_dir", "photo.png", "--checkpoint", SHIPPED]
+    options = {"capture_output": True, "text": True, "check": True}
+    done = subprocess.run(command, cwd=tmp_path, env=FROM_THE_REPOSITORY, **options)
+    assert 500_000 < int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2_000_000
+    with Image.open(tmp_path / "predictions" / "photo_overlay.png") as overlay:
+        assert overlay.size == photo.size

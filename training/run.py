@@ -1,214 +1,266 @@
-"""A training run: the state that a resume restores, and the files in its folder."""
+"""A run: its folder, history, checkpoints, log, pictures, and how it is resumed."""
+
 import csv
 import json
+import shlex
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from datasets.check import SplitReport
-from datasets.classes import ClassSet
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from support.command import Parser, RunError, UserError, is_main_process
-from support.files import atomic_path, write_file
-from training.checkpoints import load_checkpoint, newest, save_checkpoint
-from training.distributed import world_size
-from training.recipe import WeightAverage
+from datasets.spec import DataSpec
+from inference.checkpoints import LOCAL_FLAGS, load_checkpoint, newest, save_checkpoint
+from metric import score_table
+from output.visualize import panel_image, save_curves
+from support.command import Parser, UserError
+from support.files import atomic_path, locked, write_file
+from training.distributed import rank, world_size
+from training.trainer import Trainer
 
-# A resumed run keeps these flags; one that is typed and contradicts them is refused, not ignored.
-FIXED_FLAGS = ("model", "width", "optimizer", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma",
-               "batch_size", "clip_grad", "crop_size", "max_side", "scale", "jitter", "class_weights", "loss",
-               "label_smoothing", "ema", "seed", "val_percent")
-KEPT_FLAGS = (*FIXED_FLAGS, "epochs", "val_every", "data_name", "label_format", "num_classes", "amp")
-RUN_FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png", "tensorboard")
+RUN_FILES = (
+    "best.pth",
+    "last.pth",
+    "log.csv",
+    "args.json",
+    "curves.png",
+    "panel.png",
+    "tensorboard",
+)
+# Flags that a resumed run may change. The class sets are compared instead of data_name and
+# num_classes; all others come from the run.
+OTHER_FREE_FLAGS = ("epochs", "val_every", "tensorboard", "demo", "data_name", "num_classes")
+LOGGED_SCORES = ("loss", "miou", "pixel_accuracy")
 
 
-@dataclass
-class TrainingState:
-    """What training changes, ``_last.pth`` holds and a resume restores. history: one row of figures an epoch."""
+def resume_path(resume: str, folder: Path, model: str | None) -> Path | None:
+    """The ``_last.pth`` that --resume names; for a ``_best.pth``, the one beside it.
 
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    ema: WeightAverage
-    steps_per_epoch: int
-    history: list[dict] = field(default_factory=list)
-    best_miou: float = -1.0
+    auto: the newest in ``folder``, of ``model`` if one is given; None if there is none.
+    """
+    if resume == "auto":
+        return newest(folder, f"{model or '[!.]*'}_last.pth")
+    path = Path(resume)
+    return path.with_name(path.name.replace("_best.pth", "_last.pth"))
+
+
+def take_flags_of_run(parser: Parser, path: Path, checkpoint: dict):
+    """The flags of a run, but for those that are typed. Raises UserError without a run's state."""
+    if "training" not in checkpoint:
+        raise UserError(f"{path}: cannot be resumed, it holds weights alone; use --init_from")
+    parser.set_defaults(**checkpoint["config"]["train"])
+    args = parser.parse_args()
+    if path.name != f"{args.model}_last.pth":  # its files would be those of another run
+        raise UserError(f"{path}: cannot be resumed, it must be called {args.model}_last.pth")
+    args.checkpoint = path.parent  # a run continues in its own folder
+    args.resume = path
+    return args
+
+
+def refuse_changes(args, checkpoint: dict) -> None:
+    """Raises UserError if typed flags contradict the recipe of the run that is resumed."""
+    changed = [
+        f"--{name} {stored}, now {getattr(args, name)}"
+        for name, stored in checkpoint["config"]["train"].items()
+        if name not in LOCAL_FLAGS + OTHER_FREE_FLAGS and getattr(args, name) != stored
+    ]
+    if changed:
+        raise UserError(
+            f"{args.resume}: cannot be resumed, it was trained with {'; '.join(changed)}; leave "
+            f"these flags out, or start anew with --init_from {args.resume}"
+        )
+
+
+def import_tensorboard() -> type:
+    """Raises UserError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        sentence = "--tensorboard needs one more package: pip install tensorboard"
+        raise UserError(sentence) from None
+    return SummaryWriter
+
+
+class Run:
+    """The files ``folder/{model}_…`` of one training, which the main process alone writes.
+
+    A context manager that holds the folder's lock, and prints how to resume a stopped run.
+    checkpoint: that of --resume, which is restored, or of --init_from, which gives the weights.
+    history: a row of figures for each finished epoch.
+    """
+
+    def __init__(self, args, data: DataSpec, trainer: Trainer, checkpoint: dict):
+        self.args = args
+        self.data = data
+        self.is_main = rank() == 0
+        self.lock = locked(args.checkpoint)
+        self.history: list[dict] = []
+        self.best_miou = -1.0
+        self.writer: Any = import_tensorboard() if args.tensorboard else None
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.config = {
+            "model": {"name": args.model, "options": {"width": args.width}},
+            "classes": data.classes.to_dict(),
+            "normalize": trainer.normalize,
+            "max_side": data.max_side,
+            "train": flags,
+        }
+        if args.resume:
+            self.resume(checkpoint, trainer)
+        elif checkpoint:
+            print(f"{args.init_from}: {trainer.init_from(checkpoint)}; learning rate {args.lr:g}")
+        self.resumed = self.epoch
+        self.started = time.perf_counter()
 
     @property
     def epoch(self) -> int:
         """The number of finished epochs."""
         return len(self.history)
 
-    def record(self, row: dict[str, float]) -> bool:
-        """Add an epoch's figures to the history. Returns whether its ``val_miou`` is the best so far."""
-        # Without times, so that the files of two equal runs are equal.
-        self.history.append({"epoch": self.epoch + 1} | {key: float(f"{value:.6g}") for key, value in row.items()
-                                                         if key != "images_per_second"})
-        score = float(np.nan_to_num(row.get("val_miou", -1.0)))  # NaN would never be beaten
-        best, self.best_miou = score > self.best_miou, max(score, self.best_miou)
-        return best
-
-    def state_dict(self) -> dict:
-        """Plain types and tensors for a checkpoint."""
-        return {"model_state_dict": self.model.state_dict(), "ema_state_dict": self.ema.module.state_dict(),
-                "optimizer_state": {f"{i}.{key}": tensor for i, kept in self.optimizer.state_dict()["state"].items()
-                                    for key, tensor in kept.items()},
-                "scaler_state_dict": self.scaler.state_dict(), "updates": self.scheduler.last_epoch,
-                "history": self.history, "best_miou": self.best_miou, "steps_per_epoch": self.steps_per_epoch,
-                "processes": world_size()}
-
-    def restore(self, path: Path, checkpoint: dict, config: dict) -> None:
-        """Go on from a checked ``_last.pth``. config: of this run.
-
-        Raises UserError if it is one of another model, class set or recipe, or of other data.
-        """
-        state, before, now = checkpoint["training"], checkpoint["config"], config["train"]
-        changed = [f"--{key} {before['train'].get(key)}, now {now[key]}" for key in FIXED_FLAGS
-                   if before["train"].get(key) != now[key]]
-        if before["classes"] != config["classes"]:
-            changed.append(f"other classes, {', '.join(before['classes']['names'])}")
-        if state["processes"] != world_size():
-            changed.append(f"{state['processes']} processes, now {world_size()}")
-        elif state["steps_per_epoch"] != self.steps_per_epoch:
-            changed.append(f"{state['steps_per_epoch']} updates an epoch, now {self.steps_per_epoch}: other data")
-        if changed:
-            raise UserError(f"{path}: cannot be resumed, it was trained with {'; '.join(changed)}; go on as it was, or "
-                            f"start anew with --init_from {path}")
-        self.model.load_state_dict(state["model_state_dict"])
-        self.ema.module.load_state_dict(state.get("ema_state_dict") or state["model_state_dict"])
-        if state.get("scaler_state_dict"):
-            self.scaler.load_state_dict(state["scaler_state_dict"])
-        kept: dict[int, dict] = {}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for name, tensor in state["optimizer_state"].items():
-            index, key = name.split(".")
-            p = parameters[int(index)]  # whose memory format fused updates need
-            kept.setdefault(int(index), {})[key] = torch.empty_like(p).copy_(tensor) if key != "step" else tensor
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": kept})
-        # The schedule depends on the update and on the flags alone, so that it has no further state.
-        self.scheduler = LambdaLR(self.optimizer, self.scheduler.lr_lambdas, last_epoch=state["updates"] - 1)
-        self.ema.updates, self.history, self.best_miou = state["updates"], list(state["history"]), state["best_miou"]
-
-
-def take_flags(args, parser: Parser, stored: dict, path: Path) -> None:
-    """Set flags to what a checkpoint has, where it has them and they are not typed.
-
-    Raises UserError for one that the parser refuses.
-    """
-    def refuse(message: str):
-        raise UserError(f"{path}: not a valid checkpoint: config.train: {message}")
-
-    words: list[str] = []
-    for name, value in stored.items():
-        if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(repr, value)]  # a text could be another flag
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    parser.parse_args([*words, *sys.argv[1:]], args)
-
-
-def resumed_file(resume: str | None, folder: Path, model: str | None) -> Path | None:
-    """The ``_last.pth`` that --resume means; of ``_best.pth``, which holds weights alone, the one beside it.
-
-    auto: the newest in ``folder``, if there is one; of ``model`` where that is typed.
-    """
-    if resume is None:
-        return None
-    if resume == "auto":
-        return newest(folder, f"{model or '*'}_last.pth")
-    path = Path(resume)
-    beside = path.with_name(path.name.replace("_best.pth", "_last.pth"))
-    return beside if beside.is_file() else path
-
-
-def describe(args, classes: ClassSet, reports: dict[str, SplitReport]) -> dict:
-    """What a checkpoint says of itself."""
-    return {"model": {"name": args.model, "options": {"width": args.width}}, "classes": classes.to_dict(),
-            "normalize": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "max_side": max(map(max, reports["train"].sizes)) if args.max_side is None else args.max_side,
-            "train": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}}
-
-
-class RunFiles:
-    """The files of a run, ``folder/{model}_…``, which its first process alone writes."""
-
-    def __init__(self, folder: Path, model: str):
-        self.folder, self.model = folder, model
-
     def path(self, name: str) -> Path:
-        """Where the file of that name, one of RUN_FILES, lies."""
-        return self.folder / f"{self.model}_{name}"
+        """The path of one of RUN_FILES."""
+        return self.args.checkpoint / f"{self.args.model}_{name}"
 
-    def set_aside(self) -> None:
-        """Move the files of an earlier run, if it left weights, into a folder of their own."""
+    def __enter__(self) -> "Run":
+        if self.is_main:
+            self.lock.__enter__()
+            if not self.args.resume:
+                self.archive()
+            flags = json.dumps(self.config["train"], indent=2) + "\n"
+            write_file(self.path("args.json"), lambda path: path.write_text(flags))
+            if self.writer:
+                # purge_step drops what a killed run logged of the epoch that is repeated.
+                self.writer = self.writer(self.path("tensorboard"), purge_step=self.epoch + 1)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.is_main:
+            if self.history and kind in (KeyboardInterrupt, SystemExit):
+                path = shlex.quote(str(self.path("last.pth")))
+                hint = f"to continue after epoch {self.epoch}, add to the same command:"
+                print(f"\nstopped; {hint}\n  --resume {path}", file=sys.stderr)
+            self.lock.__exit__(kind, error, traceback)
+
+    def resume(self, checkpoint: dict, trainer: Trainer) -> None:
+        """Restore a run. Raises UserError if the data or the number of processes have changed."""
+        state = checkpoint["training"]
+        for what, before, now in (
+            ("classes", checkpoint["config"]["classes"]["names"], list(self.data.classes.names)),
+            ("processes", state["processes"], world_size()),
+            ("updates an epoch", state["steps_per_epoch"], trainer.steps_per_epoch),
+        ):
+            if before != now:
+                raise UserError(
+                    f"{self.args.resume}: cannot be resumed, {what}: {before}, now {now}"
+                )
+        try:
+            trainer.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            reason = shorten(str(error), 200)
+            raise UserError(f"{self.args.resume}: does not fit the network ({reason})") from None
+        self.history = state["history"]
+        if self.path("best.pth").is_file():
+            self.best_miou = state["best_miou"]
+        print(f"resumed after epoch {self.epoch}, from {self.args.resume}")
+        if self.epoch >= self.args.epochs:
+            print("nothing is left to train; a larger --epochs continues the run")
+
+    def archive(self) -> None:
+        """Move the files of an earlier run, if it left weights, into a subfolder."""
         files = [path for path in map(self.path, RUN_FILES) if path.exists()]
         if not any(path.suffix == ".pth" for path in files):
             return
-        count = len([*self.folder.glob(f"{self.model}_until_*")])  # clocks are set back, and seconds are long
-        aside = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}_{count + 1}")
-        aside.mkdir()
+        number = len(list(self.args.checkpoint.glob(f"{self.args.model}_until_*"))) + 1
+        archive = self.path(f"until_{time.strftime('%Y-%m-%d_%H%M%S')}_{number}")
+        archive.mkdir()
         for path in files:
-            path.rename(aside / path.name)
-        print(f"moved the earlier run in {self.folder} to {aside}")
+            path.rename(archive / path.name)
+        print(f"archived the previous run in {archive}")
 
-    def save(self, state: TrainingState, config: dict, scores: dict, best: bool) -> None:
-        """Write the log, then ``_best.pth`` if this epoch is the best, then ``_last.pth``. scores: of `validate`.
+    def record(self, row: dict[str, float], scores: dict, trainer: Trainer) -> None:
+        """Add an epoch to the history; save, print and draw it.
 
-        In this order a run that is killed in between repeats the epoch and writes the same files again.
+        row: of `train_one_epoch`. scores: of `validate`; empty if this epoch was not validated.
+        """
+        row = row | {f"val_{key}": scores[key] for key in LOGGED_SCORES if key in scores}
+        speed = row.pop("images_per_second")  # not logged: the files of equal runs are equal
+        rounded = {key: float(f"{value:.6g}") for key, value in row.items()}
+        self.history.append({"epoch": self.epoch + 1} | rounded)
+        miou = float(np.nan_to_num(scores.get("miou", -1.0)))  # NaN would never be beaten
+        is_best = miou > self.best_miou
+        self.best_miou = max(miou, self.best_miou)
+        if self.is_main:
+            self.save(scores, is_best, trainer)
+            self.print_epoch(row, speed, is_best)
+            self.show(row, trainer)
+
+    def save(self, scores: dict, is_best: bool, trainer: Trainer) -> None:
+        """Write the log, then ``_best.pth`` if this epoch is the best, then ``_last.pth``.
+
+        In this order a killed run repeats the epoch and writes the same files again.
         """
         try:
-            self.save_log(state.history)
-        except RunError as error:  # such as a table that is open in Excel; the next epoch writes it whole
+            self.save_log()
+        except UserError as error:  # such as a table that is open in Excel
             print(f"warning: {error}", file=sys.stderr)
-        plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in scores.items()}
-        checkpoint = {"state_dict": state.ema.module.state_dict(), "scores": plain, "config": config}
-        if best:
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in scores.items()}
+        weights = trainer.ema.module.state_dict()
+        checkpoint = {"state_dict": weights, "scores": plain, "config": self.config}
+        if is_best:
             save_checkpoint(self.path("best.pth"), checkpoint)
-        save_checkpoint(self.path("last.pth"), {**checkpoint, "training": state.state_dict()})
+        progress = {"history": self.history, "best_miou": self.best_miou}
+        checkpoint["training"] = trainer.state_dict() | progress
+        save_checkpoint(self.path("last.pth"), checkpoint)
 
-    def save_log(self, history: list[dict]) -> None:
-        """Write a CSV row for each epoch. Raises RunError if the disk refuses."""
-        columns = dict.fromkeys(key for row in history for key in row)  # not every epoch is validated
-        with atomic_path(self.path("log.csv")) as temporary, open(temporary, "w", newline="") as file:
+    def save_log(self) -> None:
+        """Write the history as CSV; the scores of epochs that were not validated are empty."""
+        columns = dict.fromkeys(key for row in self.history for key in row)
+        log = self.path("log.csv")
+        with atomic_path(log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(history)
+            writer.writerows(self.history)
 
+    def print_epoch(self, row: dict[str, float], speed: float, is_best: bool) -> None:
+        """One line of figures, with the remaining time."""
+        minutes = (time.perf_counter() - self.started) / 60 / (self.epoch - self.resumed)
+        left = minutes * (self.args.epochs - self.epoch)
+        line = f"epoch {self.epoch:>3}/{self.args.epochs}  loss {row['train_loss']:.3f}  "
+        if "val_miou" in row:
+            line += f"val {row['val_loss']:.3f} mIoU {row['val_miou']:.3f} "
+            line += f"acc {row['val_pixel_accuracy']:.3f}  "
+        line += f"lr {row['lr']:.2g}  {speed:.1f} img/s  {left:.1f} min left"
+        if is_best:
+            line += " *best"
+        print(line, flush=True)
 
-def best_beside(path: Path, best_miou: float) -> dict | None:
-    """The ``_best.pth`` beside a ``_last.pth``, if it is of that score and so of the same run."""
-    best = path.with_name(path.name.replace("_last.pth", "_best.pth"))
-    if best == path or not best.is_file():
-        return None
-    checkpoint = load_checkpoint(best)
-    return checkpoint if abs((checkpoint.get("scores") or {}).get("miou", -1) - best_miou) < 1e-5 else None
+    def show(self, row: dict[str, float], trainer: Trainer) -> None:
+        """Draw the curves and a panel of predictions after a validation; log for TensorBoard."""
+        if "val_miou" in row:
+            save_curves(self.history, self.path("curves.png"))
+            dataset = self.data.dataset("val", native_masks=True)
+            predictor = trainer.predictor()
+            frames = map(dataset.read, sorted({0, len(dataset) // 2, len(dataset) - 1}))
+            rows = [(image, mask, predictor.predict(image)) for image, mask in frames]
+            write_file(self.path("panel.png"), panel_image(rows, self.data.classes).save)
+        if self.writer:
+            for key, value in row.items():
+                self.writer.add_scalar(key, value, self.epoch)
+            self.writer.flush()
 
-
-def begin(args, files: RunFiles, state: TrainingState, config: dict, checkpoint: dict | None) -> None:
-    """Restore the run of --resume, clear its folder for it, and write its flags there."""
-    here, best = False, None
-    if args.resume and checkpoint:
-        state.restore(args.resume, checkpoint, config)
-        here = args.resume.resolve() == files.path("last.pth").resolve()
-        best = best_beside(args.resume, state.best_miou)
-        scored = f", best val mIoU {state.best_miou:.3f}" if state.best_miou >= 0 else ""
-        print(f"resumed after epoch {state.epoch}{scored}, from {args.resume}"
-              + ("; nothing is left to train, a larger --epochs goes on" if state.epoch >= args.epochs else ""))
-    if is_main_process():
-        if not here:
-            files.set_aside()
-            if best:
-                save_checkpoint(files.path("best.pth"), best)
-        flags = json.dumps(config["train"], indent=2) + "\n"
-        write_file(files.path("args.json"), lambda path: path.write_text(flags))
-    if not files.path("best.pth").is_file():
-        state.best_miou = -1.0  # the best of a run that goes on without its best file is yet to come
+    def print_summary(self) -> None:
+        """The best epoch's table, and what to run next."""
+        path = self.path("best.pth")
+        if not path.is_file():
+            return
+        best = shlex.quote(str(path))
+        data = shlex.quote(str(self.args.data_root))
+        classes = self.data.classes
+        scores = load_checkpoint(path)["scores"]
+        print(f"\nbest epoch, {best}:")
+        print(score_table(scores, classes.names, classes.ignore_index))
+        print(f"\npictures: {self.path('panel.png')}, {self.path('curves.png')}\nnext:")
+        print(f"  python predict.py --image_dir IMAGES --checkpoint {best}")
+        print(f"  python evaluate.py --data_root {data} --split val --checkpoint {best}")
