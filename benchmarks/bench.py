@@ -1,12 +1,14 @@
 """Every stage against the obvious code, and against the packages that people would pick instead.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/bench.py --data_root data/CamVid              every stage, about an hour: a table, and bench.json
-    python benchmarks/bench.py masks metric step                    some stages, on generated frames
+    python benchmarks/bench.py --data_root data/CamVid      every stage, about an hour
+    python benchmarks/bench.py masks metric step            some stages, on generated frames
 
-A figure is the median of repeated runs, ours and the reference in turns within one process. The references are in
-`references.py`, as people would write them. A stage that needs a GPU is left out where there is none.
+It prints a table and writes bench.json. A figure is the median of repeated runs, ours and the
+reference in turns. The references are in `references.py`, as people would write them. A stage that
+needs a GPU is left out if there is none.
 """
+
 import argparse
 import json
 import platform
@@ -26,19 +28,36 @@ from measure import DEVICE  # noqa: E402
 from datasets.synthetic import generate_dataset  # noqa: E402
 from support.device import keep_freed_memory  # noqa: E402
 
-STAGES = {f.__name__: f for f in (
-    stages.masks, stages.items, stages.metric, stages.step, stages.profile, stages.gpu, stages.loading,
-    commands.predict, commands.start, commands.quality)}
+STAGES = {
+    "masks": stages.masks,
+    "items": stages.items,
+    "metric": stages.metric,
+    "step": stages.step,
+    "gpu": stages.gpu,
+    "predict": commands.predict,
+    "start": commands.start,
+    "quality": commands.quality,
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="all of: " + " ".join(STAGES))
-    parser.add_argument("--data_root", type=lambda path: Path(path).resolve(),
-                        help="images with masks; when not given: generated ones")
-    parser.add_argument("--runs", type=int, default=7, help="repetitions of the shorter stages")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file to write")
+    add = parser.add_argument
+    add("stages", nargs="*", metavar="STAGE", help="all of: " + " ".join(STAGES))
+    add("--data_root", type=Path, help="images with masks; if not given: generated ones")
+    add("--runs", type=int, default=7, help="repetitions of the shorter stages")
+    add("--out", type=Path, default=Path("bench.json"), help="JSON file to write")
     return parser
+
+
+def describe_machine() -> dict:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
+    }
 
 
 def main(args) -> None:
@@ -46,9 +65,7 @@ def main(args) -> None:
     if unknown:
         raise SystemExit(f"bench.py: no stage {unknown.pop()}; there are {' '.join(STAGES)}")
     keep_freed_memory()
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
-               "cpu": torch.backends.cpu.get_cpu_capability(),
-               "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}
+    machine = describe_machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print("\n| stage | here | the other |\n|---|---|---|")
     rows = []
@@ -56,7 +73,8 @@ def main(args) -> None:
         args.scratch = Path(scratch)
         if args.data_root is None:
             args.data_root = args.scratch / "scenes"
-            generate_dataset(args.data_root, {"train": 40, "val": 4}, (480, 360))
+            generate_dataset(args.data_root, {"train": 40, "val": 4})
+        args.data_root = args.data_root.resolve()
         for name in args.stages or STAGES:
             for row in STAGES[name](args):
                 rows.append(asdict(row) | {"ratio": row.ratio})

@@ -1,10 +1,13 @@
-"""Train without one of CamVid's drives and score on it: what a recipe is worth on a street that was never seen.
+r"""Train without one of CamVid's drives and score on it: how good a recipe is on unseen streets.
 
-    python benchmarks/drives.py --data_root data/CamVid --out runs/plain --seeds 0 1 2 -- --width 16 --epochs 60
+    python benchmarks/drives.py --data_root data/CamVid --out runs/plain --seeds 0 1 2 \
+        -- --width 16 --epochs 60
 
-What follows ``--`` goes to train.py. Stopped and started again, it goes on. Each score is the last epoch's, so that
-nothing is chosen on the drive that was left out; the frames of val, neighbours of training frames, are not used.
+What follows ``--`` goes to train.py. A stopped comparison continues when it is started again. Each
+score is that of the last epoch, so that nothing is chosen on the held-out drive; the frames of val,
+neighbours of training frames, are not used.
 """
+
 import argparse
 import subprocess
 import sys
@@ -18,7 +21,7 @@ DRIVES = ("0006R0", "0001TP")  # day and dusk; without 0016E5 too few frames are
 
 
 def link_frames(source: Path, target: Path, drive: str) -> Path:
-    """A data folder of links to the training frames: those of ``drive`` as val, the others as train."""
+    """A data folder of links to the training frames; those of ``drive`` are val."""
     for kind in ("", "_labels"):
         for path in sorted((source / f"train{kind}").iterdir()):
             split = "val" if path.name.startswith(drive) else "train"
@@ -29,20 +32,28 @@ def link_frames(source: Path, target: Path, drive: str) -> Path:
     return target
 
 
+def score_held_out(args, drive: str, seed: int) -> dict:
+    """The last epoch's scores of a training without ``drive``, on that drive."""
+    data = link_frames(args.data_root, args.out / "data" / drive, drive)
+    run = args.out / f"{drive}_{seed}"
+    flags = ("--data_root", data, "--checkpoint", run, "--resume", "auto", "--seed", str(seed))
+    command = (sys.executable, ROOT / "train.py", *flags, *args.flags)
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    (last,) = run.glob("*_last.pth")
+    return torch.load(last, weights_only=True)["scores"]
+
+
 def main(args) -> None:
-    print("| seed | left out | mIoU | IoU per class |\n|---|---|---|---|")
+    print("| seed | held-out drive | mIoU | IoU per class |\n|---|---|---|---|")
     means = []
     for seed in args.seeds:
-        scores = []
+        mious = []
         for drive in DRIVES:
-            data, run = link_frames(args.data_root, args.out / "data" / drive, drive), args.out / f"{drive}_{seed}"
-            subprocess.run([sys.executable, ROOT / "train.py", "--data_root", data, "--checkpoint", run,
-                            "--resume", "auto", "--seed", str(seed), *args.flags], check=True, stdout=sys.stderr)
-            last, = run.glob("*_last.pth")
-            scores.append(torch.load(last, weights_only=True)["scores"])
-            per_class = " ".join(f"{iou:.3f}" for iou in scores[-1]["iou"])
-            print(f"| {seed} | {drive} | {scores[-1]['miou']:.3f} | {per_class} |", flush=True)
-        means.append(mean(score["miou"] for score in scores))
+            scores = score_held_out(args, drive, seed)
+            mious.append(scores["miou"])
+            per_class = " ".join(f"{iou:.3f}" for iou in scores["iou"])
+            print(f"| {seed} | {drive} | {scores['miou']:.3f} | {per_class} |", flush=True)
+        means.append(mean(mious))
     spread = f" ± {stdev(means):.3f} (one standard deviation)" if len(means) > 1 else ""
     print(f"mean mIoU of {len(means)} seeds: {mean(means):.3f}{spread}")
 

@@ -1,8 +1,9 @@
-"""A line of the table, and how its seconds are taken."""
+"""A line of the table, and how its times are taken."""
+
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,24 +30,36 @@ class Row:
         return None if self.reference is None else self.reference / self.ours
 
     def __str__(self) -> str:
-        other = "" if self.reference is None else f"{self.against}: {self.reference:.4g} {self.unit}, {self.ratio:.2f}×"
+        other = ""
+        if self.reference is not None:
+            other = f"{self.against}: {self.reference:.4g} {self.unit}, {self.ratio:.2f}×"
         return f"| {self.stage} | {self.ours:.4g} {self.unit} | {other} |"
 
 
+def compare(
+    stage: str, runs: int, ours: Callable, references: dict[str, Callable], share: int = 1
+) -> Iterator[Row]:
+    """A row for each reference, in milliseconds divided by ``share``."""
+    times = in_turns(runs, ours, *references.values())
+    for name, reference in zip(references, times[1:]):
+        yield Row(stage, times[0] / share, "ms", reference / share, name)
+
+
 def in_turns(runs: int, *functions: Callable) -> list[float]:
-    """The median seconds of each function, called in turns after one call each to warm up."""
+    """The median milliseconds of each function, called in turns after one call to warm up."""
     times: list[list[float]] = [[] for _ in functions]
     for run in range(runs + 1):
-        for function, seconds in zip(functions, times):
+        for function, milliseconds in zip(functions, times):
             started = time.perf_counter()
             function()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             if run:
-                seconds.append(time.perf_counter() - started)
-    return [median(seconds) for seconds in times]
+                milliseconds.append(1e3 * (time.perf_counter() - started))
+    return [median(milliseconds) for milliseconds in times]
 
 
 def command(*arguments) -> None:
     """Run a Python command in a process of its own."""
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    words = [sys.executable, *map(str, arguments)]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
