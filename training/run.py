@@ -52,8 +52,9 @@ def take_flags_of_run(parser: Parser, path: Path, checkpoint: dict):
         raise UserError(f"{path}: cannot be resumed, it holds weights alone; use --init_from")
     parser.set_defaults(**checkpoint["config"]["train"])
     args = parser.parse_args()
-    if path.name != f"{args.model}_last.pth":  # its files would be those of another run
-        raise UserError(f"{path}: cannot be resumed, it must be called {args.model}_last.pth")
+    # Under another name, the run would continue in the files of another run.
+    if path.name != f"{checkpoint['config']['model']['name']}_last.pth":
+        raise UserError(f"{path}: cannot be resumed under this name; call it MODEL_last.pth again")
     args.checkpoint = path.parent  # a run continues in its own folder
     args.resume = path
     return args
