@@ -43,7 +43,7 @@ def main(args) -> None:
     data = distributed.from_main_process(lambda: prepare_data(args))
     train_loader, val_loader = build_loaders(args, data, device)
     trainer = Trainer(args, data, device, steps_per_epoch=len(train_loader))
-    print_network(args, trainer)
+    print_network(trainer)
     with Run(args, data, trainer, checkpoint) as run:  # resumes, or archives a previous run
         for epoch in range(run.epoch + 1, args.epochs + 1):
             torch.manual_seed(args.seed + epoch)  # so that a resumed run needs no random state
@@ -74,7 +74,9 @@ def resolve_flags(args) -> tuple:
         args = take_flags_of_run(parser, path, checkpoint)
     elif args.init_from:
         checkpoint = load_checkpoint(args.init_from)
-        config = load_model(args.init_from)[1]  # its weights fit, or this raises UserError
+        config = load_model(args.init_from, checkpoint)[
+            1
+        ]  # its weights fit, or this raises UserError
         for flag in ("model", "width"):
             if getattr(args, flag) not in (None, config[flag]):
                 raise UserError(f"--{flag}: {args.init_from} has {config[flag]}; leave it out")
@@ -110,12 +112,11 @@ def build_loaders(args, data: DataSpec, device: torch.device) -> tuple[DataLoade
     return train_loader, DataLoader(val_set, sampler=share, **options)
 
 
-def print_network(args, trainer: Trainer) -> None:
+def print_network(trainer: Trainer) -> None:
     """One line on the network and its device."""
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    network = f"{args.model} of width {args.width}, {millions:.1f} M parameters"
-    precision = trainer.amp_dtype or torch.float32
-    print(f"{network}, on {trainer.device} in {precision}", flush=True)
+    network = f"{trainer.args.model} of width {trainer.args.width}, {millions:.1f} M parameters"
+    print(f"{network}, on {trainer.device} in {trainer.amp_dtype or torch.float32}", flush=True)
 
 
 def get_args_parser() -> Parser:

@@ -81,13 +81,14 @@ def read_config(path: Path, checkpoint: dict) -> dict:
         raise UserError(f"{path}: not a checkpoint of train.py ({error!r})") from None
 
 
-def load_model(path: Path) -> tuple[nn.Module, dict]:
+def load_model(path: Path, checkpoint: dict | None = None) -> tuple[nn.Module, dict]:
     """The trained network in evaluation mode, and its config as `read_config` returns it.
 
     The network is built without memory and loaded strictly, so that a file that does not fit fails
     before anything is allocated. Raises UserError as `load_checkpoint` does.
+    checkpoint: of that path, if it has been read already.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint or load_checkpoint(path)
     config = read_config(path, checkpoint)
     with torch.device("meta"):
         model = build_model(config["model"], len(config["classes"]), width=config["width"])
@@ -157,11 +158,11 @@ def release(source: Path, target: Path) -> None:
 
     Raises UserError if ``source`` is no trained model or exceeds the range of half precision.
     """
-    weights = load_model(source)[0].half().state_dict()
+    checkpoint = load_checkpoint(source)
+    weights = load_model(source, checkpoint)[0].half().state_dict()
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{source}: has weights beyond the range of half precision")
-    checkpoint = load_checkpoint(source)
     config = checkpoint["config"]
     config["train"] = {k: v for k, v in config["train"].items() if k not in LOCAL_FLAGS}
-    scores = checkpoint.get("scores")
-    save_checkpoint(target, {"state_dict": weights, "scores": scores, "config": config})
+    released = {"state_dict": weights, "scores": checkpoint.get("scores"), "config": config}
+    save_checkpoint(target, released)

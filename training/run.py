@@ -79,8 +79,7 @@ def import_tensorboard() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        sentence = "--tensorboard needs one more package: pip install tensorboard"
-        raise UserError(sentence) from None
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter
 
 
@@ -140,8 +139,11 @@ class Run:
         if self.is_main:
             if self.history and kind in (KeyboardInterrupt, SystemExit):
                 path = shlex.quote(str(self.path("last.pth")))
-                hint = f"to continue after epoch {self.epoch}, add to the same command:"
-                print(f"\nstopped; {hint}\n  --resume {path}", file=sys.stderr)
+                print(
+                    f"\nstopped; to continue after epoch {self.epoch}, add to the same command:\n"
+                    f"  --resume {path}",
+                    file=sys.stderr,
+                )
             self.lock.__exit__(kind, error, traceback)
 
     def resume(self, checkpoint: dict, trainer: Trainer) -> None:
