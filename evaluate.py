@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets.classes import ClassSet
-from datasets.spec import add_data_flags, open_data
+from datasets.flags import add_data_flags, open_data
+from datasets.layouts import split_name
 from datasets.transforms import eval_transform
 from inference.checkpoints import open_predictor
 from inference.predictor import add_inference_flags, validate
@@ -26,10 +27,11 @@ from support.files import make_folder, write_file
 def main(args) -> None:
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
-    for flag in ("data_name", "label_format", "num_classes", "val_percent"):
+    for flag in ("data_name", "classes", "label_format", "num_classes", "val_percent"):
         if getattr(args, flag) in (None, "auto") and flag in config["train"]:
             setattr(args, flag, config["train"][flag])  # not given: as in the training
-    data = open_data(args, [args.split])
+    args.split = split_name(args.split) or args.split
+    data = open_data(args, [args.split], config)
     classes = data.classes
     trained = config["classes"]
     if (classes.names, classes.ignore_index) != (trained.names, trained.ignore_index):
@@ -51,6 +53,13 @@ def main(args) -> None:
     source = f"{args.split} of {args.data_root}"
     print(f"{args.checkpoint} on {source}, {len(dataset)} images, --tta {args.tta}")
     print(score_table(scores, classes.names, classes.ignore_index))
+    sizes = data.reports[args.split].sizes.items()
+    shrunk = sum(count for size, count in sizes if 0 < args.max_side < max(size))
+    if shrunk:
+        print(
+            f"{shrunk} of them were shrunk to {args.max_side} pixels on the longer side, as in the "
+            f"training; --max_side 0 takes images at their own size"
+        )
     write_metrics(args.save_dir / "metrics.json", scores, classes, len(dataset))
     if args.report:
         title = f"{args.checkpoint.stem} on {source}"

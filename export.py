@@ -7,8 +7,9 @@
 
 The ONNX input is `image`, (N, 3, H, W) float32, normalised; the output `logits`, (N, C, H, W). With
 --with_preprocessing they are `photo`, (N, H, W, 3) uint8 RGB of any size, and `ids`, (N, H, W)
-uint8 class ids; images longer than max_side are shrunk inside the graph. The metadata of the file
-holds classes, normalize and max_side.
+uint8 class ids; images longer than max_side are shrunk inside the graph. For a network trained on
+16-bit images, `photo` is int32 and has their values. The metadata of the file holds classes,
+normalize, max_side and value_range.
 """
 
 import json
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from inference.checkpoints import default_checkpoint, load_model, release
-from inference.predictor import CHECKPOINT_HELP, fold_batch_norm
-from support.command import Parser, UserError, run_command
+from inference.predictor import CHECKPOINT_HELP, MAX_SIDE_HELP, fold_batch_norm
+from support.command import Parser, UserError, number, run_command
 from support.files import atomic_path
+from support.images import FULL_RANGE
 
 TOLERANCE = 1e-3  # of logits, whose range is about 20; or the share of other class ids
 SIZES = ((1, 64, 96), (2, 90, 131), (1, 33, 17))  # multiples of 16 or not, a batch or not
@@ -39,6 +41,8 @@ class FromPhotos(nn.Module):
         super().__init__()
         self.model = model
         self.max_side = config["max_side"] or 2**30
+        self.low, self.high = config["value_range"]
+        self.dtype = torch.uint8 if config["value_range"] == FULL_RANGE else torch.int32
         self.mean = nn.Buffer(torch.tensor(config["normalize"]["mean"]).view(3, 1, 1))
         self.std = nn.Buffer(torch.tensor(config["normalize"]["std"]).view(3, 1, 1))
         classes = config["classes"]
@@ -52,6 +56,8 @@ class FromPhotos(nn.Module):
         small: Any = [
             torch.sym_max(1, (2 * side * limit + longer) // (2 * longer)) for side in size
         ]
+        if self.dtype != torch.uint8:  # as `to_array` does it
+            photo = ((photo - self.low) * (255 / (self.high - self.low))).clamp(0, 255).floor()
         image = photo.permute(0, 3, 1, 2).float()
         image = F.interpolate(image, small, mode="bilinear", antialias=True)
         prob = self.model((image / 255 - self.mean) / self.std).softmax(1)
@@ -63,7 +69,8 @@ def example(network: nn.Module, batch: int, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(height)
     if isinstance(network, FromPhotos):
         size = (batch, height, width, 3)
-        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        top = 256 if network.dtype == torch.uint8 else network.high
+        return torch.randint(0, top, size, dtype=network.dtype, generator=generator)
     return torch.randn(batch, 3, height, width, generator=generator)
 
 
@@ -114,9 +121,12 @@ def check_onnx(network: nn.Module, path: Path) -> float:
     return largest
 
 
-def export_onnx(checkpoint: Path, out: Path, with_preprocessing: bool) -> str:
+def export_onnx(
+    checkpoint: Path, out: Path, with_preprocessing: bool = False, max_side: int | None = None
+) -> str:
     """Write a checkpoint's network as an ONNX file. Returns what the check found.
 
+    max_side: None takes that of the training.
     Raises UserError if a package is missing or the checkpoint cannot be read.
     """
     try:
@@ -127,10 +137,13 @@ def export_onnx(checkpoint: Path, out: Path, with_preprocessing: bool) -> str:
         sentence = f"{error.name} is missing: pip install onnx onnxruntime onnxscript"
         raise UserError(sentence) from None
     model, config = load_model(checkpoint)
+    if max_side is not None:
+        config["max_side"] = max_side
     metadata = {
         "classes": json.dumps(config["classes"].to_dict()),
         "normalize": json.dumps(config["normalize"]),
         "max_side": json.dumps(config["max_side"]),
+        "value_range": json.dumps(config["value_range"]),
     }
     network = fold_batch_norm(model)
     if with_preprocessing:
@@ -138,7 +151,8 @@ def export_onnx(checkpoint: Path, out: Path, with_preprocessing: bool) -> str:
     with atomic_path(out) as temporary:
         write_onnx(network, temporary, metadata)
         difference = check_onnx(network, temporary)
-    return f"largest difference to PyTorch: {difference:.1g}"
+    shrunk = f"; images are shrunk to {config['max_side']} pixels" if config["max_side"] else ""
+    return f"largest difference to PyTorch: {difference:.1g}{shrunk}"
 
 
 def get_args_parser() -> Parser:
@@ -147,6 +161,7 @@ def get_args_parser() -> Parser:
     add("--checkpoint", type=Path, metavar="FILE", help=CHECKPOINT_HELP)
     add("--out", type=Path, required=True, help=".onnx or .pth file to write")
     add("--with_preprocessing", action="store_true", help="ONNX: photographs in, class ids out")
+    add("--max_side", type=number(int, 0), help=MAX_SIDE_HELP)
     return parser
 
 
@@ -155,7 +170,7 @@ def main(args) -> None:
     if args.out.resolve() == checkpoint.resolve():
         raise UserError(f"--out {args.out} is the checkpoint itself; name another file")
     if args.out.suffix == ".onnx":
-        found = export_onnx(checkpoint, args.out, args.with_preprocessing)
+        found = export_onnx(checkpoint, args.out, args.with_preprocessing, args.max_side)
     elif args.out.suffix == ".pth" and not args.with_preprocessing:
         release(checkpoint, args.out)
         found = "half precision"

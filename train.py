@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.camvid import EpochSampler
-from datasets.spec import DataSpec, add_data_flags, open_data
+from datasets.flags import add_data_flags, open_data
+from datasets.spec import DataSpec
 from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
 from inference.checkpoints import load_checkpoint, load_model
@@ -32,6 +33,7 @@ DEMO_SIZE = (192, 144)
 DEMO = """--data_root checkpoint/demo/scenes --checkpoint checkpoint/demo --width 8 --epochs 12
 --batch_size 2 --crop_size 144 192 --scale 1 1 --jitter 0 --optimizer adamw --lr 0.006
 --weight_decay 0.01 --class_weights none --workers 1"""
+LARGE = 1500  # pixels of the longer side of a photograph
 RESUME_HELP = """continue the run of a _last.pth, in its folder and with its flags; auto: the one in
 --checkpoint, if there is one"""
 
@@ -74,13 +76,13 @@ def resolve_flags(args) -> tuple:
         args = take_flags_of_run(parser, path, checkpoint)
     elif args.init_from:
         checkpoint = load_checkpoint(args.init_from)
-        config = load_model(args.init_from, checkpoint)[
-            1
-        ]  # its weights fit, or this raises UserError
+        _, config = load_model(args.init_from, checkpoint)  # raises UserError if it is damaged
         for flag in ("model", "width"):
             if getattr(args, flag) not in (None, config[flag]):
                 raise UserError(f"--{flag}: {args.init_from} has {config[flag]}; leave it out")
             setattr(args, flag, config[flag])
+        if args.max_side is None:
+            args.max_side = config["max_side"]  # objects have the size that its network knows
     resolve_recipe(args)
     if args.resume:
         refuse_changes(args, checkpoint)
@@ -92,7 +94,13 @@ def prepare_data(args) -> DataSpec:
     if args.demo and not args.data_root.is_dir():
         print(f"generating street scenes in {args.data_root}", flush=True)
         generate_dataset(args.data_root, DEMO_SCENES, DEMO_SIZE)
-    return open_data(args)
+    data = open_data(args)
+    if data.max_side > LARGE and max(args.crop_size) < LARGE / 5:
+        print(
+            f"advice: crops of {max(args.crop_size)} pixels show little of images with up to "
+            f"{data.max_side}; --max_side 960 shrinks the images"
+        )
+    return data
 
 
 def build_loaders(args, data: DataSpec, device: torch.device) -> tuple[DataLoader, DataLoader]:

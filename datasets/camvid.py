@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,32 +10,10 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from datasets.classes import IGNORED, ClassSet
 from datasets.layouts import Pair
-from support.command import UserError
-from support.images import open_image, read_image, shrink, to_rgb
+from datasets.masks import read_mask
+from support.images import FULL_RANGE, read_image, shrink
 
 Sample = tuple[np.ndarray, np.ndarray]  # (H, W, 3) uint8 image, (H, W) uint8 class ids
-
-
-def read_mask(path: Path, classes: ClassSet, label_format: str) -> np.ndarray:
-    """A mask as (H, W) uint8 class ids, 255 where a colour or id is in no class.
-
-    label_format: ``rgb`` colours, ``ids``, or ``segnet``: ids 0 Sky … 10 Bicyclist, 11 void.
-    Raises UserError if the file cannot be read, is a JPEG, or has colours where ids are expected.
-    """
-    image = open_image(path)
-    if image.format == "JPEG":
-        raise UserError(f"{path}: JPEG changes the colours of a mask; save masks as PNG")
-    if label_format == "rgb":
-        return classes.to_ids(np.asarray(to_rgb(image)))
-    values = np.asarray(image, np.int64)
-    if values.ndim != 2:
-        raise UserError(
-            f"{path}: a mask of ids has one channel, this is {image.mode}; use label_format rgb"
-        )
-    known = (values >= 0) & (values < len(classes))
-    if label_format == "segnet":  # void, class 0 here, is the last of its ids
-        values = (values + 1) % len(classes)
-    return np.where(known, values, IGNORED).astype(np.uint8)
 
 
 @dataclass(eq=False, repr=False)
@@ -50,6 +27,7 @@ class CamVidDataset(Dataset):
     label_format: of `read_mask`.
     max_side: images with a longer side are shrunk to it, in pixels, and their masks too unless
     ``native_masks``; 0 shrinks none.
+    value_range: of 16-bit images, which becomes 0 … 255.
     decoded: the samples at their own size, if they have been read already.
     """
 
@@ -59,6 +37,7 @@ class CamVidDataset(Dataset):
     label_format: str = "rgb"
     max_side: int = 0
     native_masks: bool = False
+    value_range: tuple[int, int] = FULL_RANGE
     decoded: Sequence[Sample] = ()
 
     def __len__(self) -> int:
@@ -72,7 +51,7 @@ class CamVidDataset(Dataset):
         if self.decoded:
             image, mask = (array.copy() for array in self.decoded[index])
         else:
-            image = read_image(self.pairs[index].image)
+            image = read_image(self.pairs[index].image, self.value_range)
             mask = read_mask(self.pairs[index].mask, self.classes, self.label_format)
         mask[mask == IGNORED] = self.classes.ignore_index
         if not self.native_masks:

@@ -5,14 +5,16 @@ python -m datasets.check --data_root mydata --write_classes     then name the cl
 """
 
 from datasets.classes import ClassSet
-from datasets.layouts import find_folders, list_splits, standard_split
-from datasets.spec import DataSpec, SplitReport, add_data_flags, class_line, describe_data
+from datasets.flags import add_data_flags, class_line, describe_data
+from datasets.layouts import Split, find_splits, mask_paths, standard_split
+from datasets.masks import class_table, survey_masks
+from datasets.spec import SplitReport
 from support.command import Parser, UserError, run_command
 from support.files import write_file
 
 
 def summary(report: SplitReport, classes: ClassSet) -> str:
-    """Counts, sizes, the share of each class in the pixels, and the stray pixels, as text."""
+    """Counts, sizes, the share of each class in the pixels, and what is odd, as text."""
     common = report.sizes.most_common(4)
     sizes = ", ".join(f"{width}×{height} ({count})" for (height, width), count in common)
     lines = [f"{report.split}: {len(report.pairs)} pairs, {sizes}"]
@@ -20,15 +22,13 @@ def summary(report: SplitReport, classes: ClassSet) -> str:
     for i, name in enumerate(classes.names):
         ignored = "  (ignored)" if i == classes.ignore_index else ""
         lines.append(f"{i:>3} {name:<20} {report.pixels[i] / total:7.2%}{ignored}")
-    if report.stray:
-        lines.append(report.stray_line())
-    return "\n  ".join(lines)
+    return "\n  ".join([*lines, *report.lines()])
 
 
-def warn_of_split(data: DataSpec) -> None:
+def warn_of_split(splits: dict[str, Split]) -> None:
     """Warn of CamVid frames that are not in the literature's split."""
-    paths = [path for split in ("val", "test") for path in (data.root / split).glob("*")]
-    moved = sum(standard_split(path.stem) == "train" for path in paths)
+    images = [pair.image for name in splits.keys() - {"train"} for pair in splits[name].pairs]
+    moved = sum(standard_split(image.stem) == "train" for image in images)
     if moved:  # as most are in Kaggle's copy, which is split at random
         print(
             f"warning: the literature trains on {moved} frames that are not in train here; with "
@@ -37,12 +37,14 @@ def warn_of_split(data: DataSpec) -> None:
         )
 
 
-def write_classes(data: DataSpec, splits: list[str]) -> None:
-    """Write a class_dict.csv of the masks' colours. Raises UserError if there is one already."""
-    table = data.root / "class_dict.csv"
+def write_classes(args) -> None:
+    """Write a table of the masks' colours or ids. Raises UserError if there is one already."""
+    if args.data_root is None:
+        raise UserError("--data_root DIR is needed, the folder of the data")
+    table = args.classes or args.data_root / "class_dict.csv"
     if table.exists():
         raise UserError(f"{table} exists already; remove it first")
-    text = "\n".join(data.color_table(splits)) + "\n"
+    text = "\n".join(class_table(survey_masks(mask_paths(find_splits(args.data_root)[1])))) + "\n"
     write_file(table, lambda path: path.write_text(text))
     print(text, end="")
     print(f"wrote {table}; now name the classes in it, and call what is to be ignored Void")
@@ -51,24 +53,27 @@ def write_classes(data: DataSpec, splits: list[str]) -> None:
 def get_args_parser() -> Parser:
     parser = Parser(prog="python -m datasets.check", description=__doc__)
     add_data_flags(parser)
-    write_help = "write a class_dict.csv of the masks' colours into --data_root, and check nothing"
+    write_help = "write a class_dict.csv of the masks into --data_root (or --classes), and no more"
     parser.add_flags("check", ("--write_classes", bool, False, write_help))
+    parser.set_defaults(max_side=0)
     return parser
 
 
 def main(args) -> int:
-    data = describe_data(args)
-    splits = list_splits(data.root)
-    if not splits:
-        find_folders(data.root, "train")  # raises the error that names what is missing
     if args.write_classes:
-        write_classes(data, splits)
+        write_classes(args)
         return 0
-    reports = data.check(splits)
-    print(class_line(reports[splits[0]], data.classes))
+    data = describe_data(args)
+    labelled = [name for name, split in data.splits.items() if split.pairs or name != "test"]
+    reports = data.check(labelled)
+    if reports["train"].sizes:
+        print(class_line(reports["train"], data.classes))
     for report in reports.values():
-        print(summary(report, data.classes))
-    warn_of_split(data)
+        if report.sizes:
+            print(summary(report, data.classes))
+    if "test" in data.splits and "test" not in labelled:
+        print(f"test: left out, as its {len(data.splits['test'].unlabelled)} images have no masks")
+    warn_of_split(data.splits)
     problems = data.problems(reports)
     print(f"{len(problems)} problems", *problems, sep="\n  ")
     return 1 if problems else 0

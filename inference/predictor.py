@@ -18,7 +18,7 @@ from datasets.classes import ClassSet
 from metric import SegmentationMetric
 from support.command import Parser, UserError, number, progress
 from support.device import add_device_flags, sum_over_processes
-from support.images import shrink
+from support.images import FULL_RANGE, shrink
 
 # The rows and columns of a part of an image, and its probabilities (N, C, h, w).
 Part = tuple[tuple[slice, slice], Tensor]
@@ -57,6 +57,7 @@ class Predictor:
 
     mean, std: of the channels of images in 0 … 1.
     max_side: images with a longer side are shrunk to it, in pixels; 0 shrinks none.
+    value_range: of 16-bit images in the training, for `read_image`.
     tile: images larger than this many pixels a side are processed in overlapping tiles; 0 takes
     960, or less for more than 69 classes.
     tta: test-time augmentation, a key of TTA, whose views' probabilities are averaged.
@@ -69,6 +70,7 @@ class Predictor:
     device: torch.device = torch.device("cpu")
     amp_dtype: torch.dtype | None = None
     max_side: int = 0
+    value_range: tuple[int, int] = FULL_RANGE
     tile: int = 0
     tta: str = "none"
 
@@ -87,13 +89,22 @@ class Predictor:
 
         Raises UserError if the network's outputs are not finite.
         """
+        return self.predict_with_confidence(image)[0]
+
+    def predict_with_confidence(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids, and (H, W) uint8 probabilities of these
+        classes, where 255 is 1. Raises UserError as `predict` does.
+        """
         size = image.shape[:2]
         ids = np.empty(size, np.uint8)
+        confidence = np.empty(size, np.uint8)
         for window, prob in self.parts(self.prepare(image), size):
             if prob[:, 0].isnan().any():  # softmax spreads it over all classes of a pixel
                 raise UserError(NOT_FINITE)
-            ids[window] = most_probable(prob)[0].cpu().numpy()
-        return ids
+            highest, index = prob[0].max(0)  # argmax takes six times as long on a CPU
+            ids[window] = index.to(torch.uint8).cpu().numpy()
+            confidence[window] = highest.mul(255).round().to(torch.uint8).cpu().numpy()
+        return ids, confidence
 
     @torch.inference_mode()
     def parts(self, images: Tensor, size: tuple[int, int]) -> Iterator[Part]:
@@ -141,11 +152,6 @@ class Predictor:
             prob = _resize(logits.softmax(1), size)
             total += prob.flip(-1) if flip else prob
         return total.div_(len(TTA[self.tta]))
-
-
-def most_probable(prob: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W) uint8 class ids."""
-    return prob.max(1).indices.to(torch.uint8)  # argmax takes six times as long on a CPU
 
 
 def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
@@ -201,7 +207,7 @@ def validate(
         masks = masks.to(predictor.device, non_blocking=True)
         ids = torch.empty_like(masks, dtype=torch.uint8)
         for window, prob in predictor.parts(images, masks.shape[-2:]):
-            ids[:, *window] = most_probable(prob)
+            ids[:, *window] = prob.max(1).indices
             mask = masks[:, *window]
             labelled = mask != classes.ignore_index
             target = torch.where(labelled, mask, 0).unsqueeze(1)

@@ -3,7 +3,6 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from support.command import UserError
@@ -13,13 +12,14 @@ UNREADABLE = (".heic", ".heif", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 
 
-def find_images(patterns: list[str]) -> tuple[list[Path], str]:
-    """The images of folders, files and patterns, sorted, and a line on the files left out.
+def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path], str]:
+    """The images and the videos of folders, files and patterns, sorted, and a line on the files
+    that are left out.
 
-    A single file is taken whatever its name. Raises UserError if there are no images.
+    A single file is an image or a video, whatever its name. Raises UserError if there are none.
     """
-    if len(patterns) == 1 and Path(patterns[0]).is_file():
-        return [Path(patterns[0])], ""
+    if len(patterns) == 1 and Path(patterns[0]).is_file() and not is_video(Path(patterns[0])):
+        return [Path(patterns[0])], [], ""
     found: set[Path] = set()
     subfolders = []
     for pattern in patterns:
@@ -35,23 +35,23 @@ def find_images(patterns: list[str]) -> tuple[list[Path], str]:
         else:
             raise UserError(f"{pattern}: no such file or folder")
     images = sorted(filter(is_image, found))
-    left_out = ", ".join(describe_others(found) + subfolders)
+    videos = sorted(filter(is_video, found))
+    kinds = Counter(path.suffix.lower() for path in found)
+    unread = [f"{kinds[kind]} {kind} (convert to JPEG)" for kind in UNREADABLE if kinds[kind]]
+    left_out = ", ".join(unread + subfolders)
     line = f"left out: {left_out}" if left_out else ""
-    if not images:
-        raise UserError(f"{' '.join(patterns)}: no images ({' '.join(IMAGE_SUFFIXES)}) {line}")
-    return images, line
+    if not images and not videos:
+        suffixes = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+        raise UserError(f"{' '.join(patterns)}: no images or videos ({suffixes}) {line}")
+    return images, videos, line
 
 
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def describe_others(paths: Iterable[Path]) -> list[str]:
-    """How many videos there are among the paths, and photographs that are not read."""
-    count = Counter(path.suffix.lower() for path in paths)
-    hints = dict.fromkeys(VIDEO_SUFFIXES, "name a video alone")
-    hints |= dict.fromkeys(UNREADABLE, "convert to JPEG or PNG")
-    return [f"{count[kind]} {kind} ({hints[kind]})" for kind in hints if count[kind]]
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def output_names(images: list[Path]) -> list[str]:

@@ -26,9 +26,17 @@ class Report:
         self.cards: list[dict] = []
 
     def add(
-        self, name: str, image: np.ndarray, ids: np.ndarray, mask: np.ndarray | None = None
+        self,
+        name: str,
+        image: np.ndarray,
+        ids: np.ndarray,
+        mask: np.ndarray | None = None,
+        confidence: float | None = None,
     ) -> None:
-        """image: (H, W, 3) uint8 RGB. ids, the prediction, and mask: (H', W') class ids."""
+        """image: (H, W, 3) uint8 RGB. ids, the prediction, and mask: (H', W') class ids.
+
+        confidence: the mean probability of the predicted classes.
+        """
         size = limited_size(ids.shape, SIDE)[::-1]
         shown = ids if mask is None else mask
         scored = self.classes.scored
@@ -37,6 +45,7 @@ class Report:
             "present": [k for k, i in enumerate(scored) if (shown == i).any()],
             "image": _data_url(Image.fromarray(image), size, "webp", quality=60),
             "prediction": _data_url(mask_image(ids, self.classes), size),
+            "confidence": confidence,
         }
         if mask is not None:
             ignore_index = self.classes.ignore_index

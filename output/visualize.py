@@ -12,12 +12,17 @@ from support.files import write_file
 STRIP = 256  # rows of an overlay that are blended at a time, to save memory
 
 
-def mask_image(ids: np.ndarray, classes: ClassSet) -> Image.Image:
+def mask_image(ids: np.ndarray, classes: ClassSet, kind: str = "palette") -> Image.Image:
     """(H, W) class ids -> a palette image: its values are the ids, its palette their colours.
 
     ids: of the classes, or their ``ignore_index``.
+    kind: ``ids`` leaves the palette out, ``color`` gives RGB.
     """
+    if kind == "color":
+        return Image.fromarray(classes.to_rgb(ids))
     image = Image.fromarray(ids.astype(np.uint8))
+    if kind == "ids":
+        return image
     colors = max(len(classes), classes.ignore_index + 1)  # few colours save with 4 bits a pixel
     image.putpalette(classes.to_rgb(np.arange(colors)).tobytes())
     return image

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -93,3 +93,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def every_nth(paths: Sequence[Path], count: int = 16) -> Sequence[Path]:
+    """About ``count`` of the paths, evenly spaced, where a sample of the files tells enough."""
+    return paths[:: max(1, len(paths) // count)]

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 from conftest import COLORS, PALETTE, SMALL, compare_per_class, make_pair, opened, save
+from PIL import Image
 
 from datasets.classes import CAMVID, ClassSet
+from datasets.masks import class_table, survey_masks
 from datasets.spec import DataSpec
 from support.command import UserError
 
 # Stem of a pair -> what breaks its image or mask.
 DEFECTS = {
-    "missing": lambda image, mask: mask.unlink(),
+    "alone": lambda image, mask: image.unlink(),
     "jpeg": lambda image, mask: opened(mask).save(mask, "JPEG"),
     "narrow": lambda image, mask: save(mask, PALETTE[:, None]),
     "empty": lambda image, mask: image.write_bytes(b""),
@@ -31,6 +33,7 @@ def save_masks(root, values, splits=("train", "val")) -> None:
 def test_all_problems_are_found_at_once(tmp_path, call):
     for split in ("train", "val"):
         make_pair(tmp_path, "fine_L", split=split)  # both files are called so
+        make_pair(tmp_path, "without a mask", split=split)[1].unlink()
     for stem, spoil in DEFECTS.items():
         spoil(*make_pair(tmp_path, stem))
     for name in (".hidden.png", "Thumbs.db"):
@@ -45,11 +48,19 @@ def test_all_problems_are_found_at_once(tmp_path, call):
         assert status == 2 and err.splitlines()[1:] == problems
 
 
-def test_a_missing_folder_is_named_with_the_other_problems(tmp_path):
-    make_pair(tmp_path, "a")[1].unlink()
-    data = DataSpec(tmp_path, CAMVID)
-    missing, unpaired = data.problems(data.check(["val", "train"]))
-    assert "val_labels" in missing and "a.png" in unpaired
+def test_a_split_without_masks_is_a_problem_unless_it_is_test(tmp_path, call):
+    """Test images without masks are usual: those of competitions."""
+    make_pair(tmp_path, "a")
+    for split in ("val", "test"):
+        make_pair(tmp_path, "b", split=split)[1].unlink()
+        (tmp_path / f"{split}_labels").rmdir()
+    status, out, _ = call("datasets.check", "--data_root", tmp_path)
+    [problem] = out.splitlines()[-1:]
+    assert status == 1 and "val/b.png" in problem
+    (tmp_path / "val" / "b.png").unlink()
+    make_pair(tmp_path, "c")
+    status, out, _ = call("datasets.check", "--data_root", tmp_path)
+    assert status == 0 and "val: 1 image held out" in out and "test: left out" in out
 
 
 def test_up_to_one_percent_of_stray_pixels_is_ignored(tmp_path):
@@ -58,7 +69,7 @@ def test_up_to_one_percent_of_stray_pixels_is_ignored(tmp_path):
         colors = PALETTE[ids]
         colors[0, :count] = (1, 2, 3)
         save(make_pair(tmp_path, stem, ids)[1], colors)
-    data = DataSpec(tmp_path, CAMVID)
+    data = DataSpec(tmp_path, CAMVID, val_percent=0)
     report = data.check(["train"])["train"]
     [problem] = report.problems
     assert "blotted.png" in problem and "(1, 2, 3) × 5" in problem
@@ -105,26 +116,47 @@ def test_masks_that_are_not_camvids_need_a_table_which_is_printed(
     tmp_path, call, colors, sixteenths
 ):
     save_masks(tmp_path, np.repeat(colors, sixteenths, axis=0))
-    status, _, err = call("datasets.check", "--data_root", tmp_path)
+    status, _, err = call("train.py", *SMALL, "--data_root", tmp_path)
     assert status == 2
     lines = [line.strip() for line in err.splitlines()[1:]]
     assert [line.rpartition(",")[2] for line in lines[1:]] == [f"{n / 16:.2%}" for n in sixteenths]
     assert call("datasets.check", "--data_root", tmp_path, "--write_classes")[0] == 0
     table = tmp_path / "class_dict.csv"
     assert table.read_text().splitlines() == lines
-    assert ClassSet.from_csv(table).colors == tuple(colors)
+    assert ClassSet.from_file(table).colors == tuple(colors)
     assert call("datasets.check", "--data_root", tmp_path)[0] == 0
     assert call("datasets.check", "--data_root", tmp_path, "--write_classes")[0] == 2
     assert table.read_text().splitlines() == lines, "a table was overwritten"
 
 
-@pytest.mark.parametrize(
-    "values, said", [([0, 1, 2, 255], "--num_classes 3"), ([*range(64, 256)], "192 colours")]
-)
-def test_masks_of_ids_or_of_blended_colours_get_no_table(tmp_path, values, said):
-    save_masks(tmp_path, values)
-    with pytest.raises(UserError, match=said):
-        DataSpec(tmp_path, CAMVID).color_table(["train"])
+def test_photographs_are_no_masks(tmp_path):
+    save_masks(tmp_path, [(i, 255 - i, 7) for i in range(192)])
+    with pytest.raises(UserError, match="192 colours"):
+        class_table(survey_masks([tmp_path / "train_labels" / "photo.png"]))
+
+
+@pytest.mark.parametrize("turn, status, said", [(6, 1, "EXIF"), (3, 0, "EXIF"), (1, 0, "")])
+@pytest.mark.parametrize("size", [(12, 16), (16, 16)])
+def test_masks_of_turned_images_are_doubted(tmp_path, call, size, turn, status, said):
+    """Of square images the size does not tell whether the mask is turned too."""
+    exif = Image.Exif()
+    exif[0x112] = turn
+    image, _ = make_pair(tmp_path, "a", np.resize(np.arange(12), size))
+    opened(image).save(image, exif=exif)
+    make_pair(tmp_path, "b")
+    found, out, _ = call("datasets.check", "--data_root", tmp_path)
+    assert found == (0 if size == (16, 16) else status)
+    assert said in out
+
+
+def test_images_with_more_than_three_channels_are_counted(tmp_path, call):
+    for stem, alpha in (("a", 255), ("b", 7)):
+        image, mask = make_pair(tmp_path, stem)
+        rgb = np.asarray(opened(image))
+        save(image, np.dstack([rgb, np.full(rgb.shape[:2], alpha, np.uint8)]))
+    make_pair(tmp_path, "c")
+    out = call("datasets.check", "--data_root", tmp_path)[1]
+    assert "train: 1 image with 4 channels" in out
 
 
 def test_the_share_of_each_class_is_printed(scenes, call):
@@ -141,4 +173,5 @@ def test_the_share_of_each_class_is_printed(scenes, call):
 def test_a_single_image_of_two_pixels_trains(tmp_path, call):
     for split in ("train", "val"):
         make_pair(tmp_path / "data", "a", np.array([[1, 2]]), split)
-    assert call("train.py", "--data_root", "data", *SMALL, "--scale", 0.1, 0.4)[0] == 0
+    flags = ("--data_name", "camvid", "--scale", 0.1, 0.4)
+    assert call("train.py", "--data_root", "data", *SMALL, *flags)[0] == 0

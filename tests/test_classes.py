@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from conftest import COLORS, COLORS32, MERGED, OTHER_COPIES, compare_per_class, write_csv
 
-from datasets.classes import CAMVID, CAMVID32, ClassSet
-from datasets.spec import find_classes
+from datasets.classes import CAMVID, CAMVID32, CITYSCAPES, ClassSet
 from support.command import UserError
 
 GARDEN = "name,r,g,b\nGrass,0,200,0\nStone,90,90,90\nVoid,0,0,0\n"
@@ -62,15 +61,14 @@ def test_colours_become_ids_and_back(classes):
 def test_a_class_dict_may_be_written_in_several_ways(tmp_path, text):
     (tmp_path / "class_dict.csv").write_bytes(text.encode())
     expected = ClassSet(("Grass", "Stone", "Void"), ((0, 200, 0), (90,) * 3, (0,) * 3), 2)
-    assert find_classes(tmp_path) == expected
-    assert find_classes(tmp_path, "camvid") == CAMVID, "--data_name comes before the table"
+    assert ClassSet.from_file(tmp_path / "class_dict.csv") == expected
 
 
 @pytest.mark.parametrize(
     "name, ignore_index", [("void", 1), ("UNLABELLED", 1), ("Unlabeled", 1), ("Avoid", 255)]
 )
 def test_a_class_is_ignored_by_its_name(tmp_path, name, ignore_index):
-    classes = ClassSet.from_csv(write_csv(tmp_path, {"Road": (1, 1, 1), name: (0, 0, 0)}))
+    classes = ClassSet.from_file(write_csv(tmp_path, {"Road": (1, 1, 1), name: (0, 0, 0)}))
     assert classes.ignore_index == ignore_index
 
 
@@ -78,8 +76,7 @@ def test_a_class_is_ignored_by_its_name(tmp_path, name, ignore_index):
     "text, wrong_lines",
     [
         ("name,r,g,b\na,1,2,256\nb,-1,5,6\nc,4,5\nd,4,5,²\n,4,5,6\n", [2, 3, 4, 5, 6]),
-        ("name,r,g,b\na,1,2,3\na,7,8,9\nb,1,2,3\n", [3, 4]),  # a name and a colour twice
-        ("name,r,g,b\nVoid,1,2,3\nUnlabelled,4,5,6\n", []),
+        ("name,r,g,b\na,1,2,3\na,7,8,9\nb,1,2,3\n", [4]),  # a colour twice
         ("name,r,g,b\na,1,2,3\n", []),
         ("name,r,g\na,1,2\nb,1,3\n", []),
         ("", []),
@@ -89,14 +86,47 @@ def test_a_wrong_class_dict_is_refused_with_every_wrong_line(tmp_path, text, wro
     path = tmp_path / "class_dict.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=r"\A.*class_dict.csv: .*\Z") as error:
-        find_classes(tmp_path)
+        ClassSet.from_file(path)
     assert [i for i in range(2, 9) if f"line {i}" in str(error.value)] == wrong_lines
+
+
+# A file's name, what is in it, the colours of the classes sky and road, and of what is ignored.
+FORMS = {
+    "label_colors.txt": ("1 2 3 sky\n4  5\t6\troad\n7 8 9 Void", 3),
+    "labelmap.txt": (
+        "# label:color:parts:actions\nsky:1,2,3::\nroad:4, 5, 6:a,b:c\nvoid:7,8,9::",
+        3,
+    ),
+    "_classes.csv": ("Pixel Value, Class\n2, Void\n0, sky\n1, road\n", 0),
+    "codes.txt": ("sky\nroad\n\nUnlabeled", 0),
+    "class_names.txt": ("__ignore__\nsky\nroad\nVoid\n", 0),
+    "labelmap": ("sky:::\nroad:::\nvoid:::", 0),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_files_of_labelling_tools_name_classes(tmp_path, name):
+    """Without colours, classes have those of Pascal VOC."""
+    text, last = FORMS[name]
+    (tmp_path / name).write_text(text)
+    classes = ClassSet.from_file(tmp_path / name)
+    assert classes.names[:2] == ("sky", "road") and classes.ignore_index == 2
+    expected = ((1, 2, 3), (4, 5, 6), (7, 8, 9)) if last else ClassSet.numbered(3).colors
+    assert classes.colors == expected
+    assert ((224, 224, 192) in classes.known_colors) == (not last), "VOC's border, the id 255"
+
+
+def test_cityscapes_has_19_classes_and_ignores_the_other_colours():
+    assert CITYSCAPES.names[:2] == ("road", "sidewalk") and len(CITYSCAPES.scored) == 19
+    colors = np.array([[(0, 0, 142), (119, 11, 32), (111, 74, 0), (1, 2, 3)]], np.uint8)
+    assert CITYSCAPES.to_ids(colors).tolist() == [[13, 18, 255, 255]]
+    assert (111, 74, 0) in CITYSCAPES.known_colors and (1, 2, 3) not in CITYSCAPES.known_colors
 
 
 def test_the_32_colours_of_kaggles_copy_are_camvid_in_any_order_and_31_are_not(tmp_path):
     rows = sorted(COLORS32.items(), reverse=True)
-    assert ClassSet.from_csv(write_csv(tmp_path, dict(rows))) == CAMVID
-    assert len(ClassSet.from_csv(write_csv(tmp_path, dict(rows[1:])))) == 31
+    assert ClassSet.from_file(write_csv(tmp_path, dict(rows))) == CAMVID
+    assert len(ClassSet.from_file(write_csv(tmp_path, dict(rows[1:])))) == 31
 
 
 def test_numbered_classes_have_the_colours_of_pascal_voc():

@@ -10,7 +10,7 @@ import torch
 from conftest import REPO, SMALL, finish, load, opened, rows, wait_for
 
 from datasets.camvid import EpochSampler
-from datasets.spec import open_data
+from datasets.flags import open_data
 from datasets.synthetic import generate_dataset
 from datasets.transforms import train_transform
 from train import get_args_parser

@@ -90,7 +90,8 @@ def test_an_archive_becomes_the_standard_split(call, tmp_path, address, layout, 
 def test_the_check_warns_of_a_random_split(call, tmp_path):
     for i, stem in enumerate(STEMS["train"][:30]):
         make_pair(tmp_path, stem, np.ones((2, 2), int), split="val" if i % 3 == 1 else "train")
-    assert "10 frames" in call("datasets.check", "--data_root", tmp_path)[1]
+    flags = ("--data_root", tmp_path, "--data_name", "camvid")
+    assert "10 frames" in call("datasets.check", *flags)[1]
     assert standard_split("scene_0001") is standard_split("0001TP") is None
 
 

@@ -60,7 +60,7 @@ def test_ctrl_c_ends_the_processes_that_load_data_too(scenes, tmp_path):
 
 
 def test_a_stopped_prediction_continues_with_skip_existing(scenes, tmp_path, call, monkeypatch):
-    predict = Predictor.predict
+    predict = Predictor.predict_with_confidence
     images = iter(range(4))
 
     def predict_or_stop(*args):
@@ -70,7 +70,7 @@ def test_a_stopped_prediction_continues_with_skip_existing(scenes, tmp_path, cal
 
     command = ("predict.py", "--image_dir", scenes / "train", "--no-overlay", "--skip_existing")
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "predict", predict_or_stop)
+        patch.setattr(Predictor, "predict_with_confidence", predict_or_stop)
         assert call(*command)[0] == 128 + signal.SIGTERM
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*_mask.png")}
     assert len(written) < 4

@@ -13,6 +13,7 @@ from PIL import Image
 from datasets.synthetic import generate_scene
 from export import check_onnx, export_onnx
 from inference.checkpoints import SHIPPED, load_model, load_predictor, release
+from support.images import read_image
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -59,8 +60,28 @@ def test_ids_are_those_of_the_predictor(exported, size):
 
 
 @pytest.mark.slow
+def test_a_network_of_16_bit_images_takes_their_values(tmp_path, call):
+    """And --max_side replaces that of the training."""
+    checkpoint = torch.load(SHIPPED)
+    checkpoint["config"]["value_range"] = [1000, 4000]
+    torch.save(checkpoint, tmp_path / "deep.pth")
+    flags = ("--checkpoint", "deep.pth", "--with_preprocessing", "--max_side", 160)
+    assert call("export.py", "--out", "deep.onnx", *flags)[0] == 0
+    scene = np.array(generate_scene(3, 240, 180)[0].convert("L"), int)
+    values = (1000 + 3000 * scene // 255).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "photo.png")
+    predictor, _ = load_predictor(tmp_path / "deep.pth", max_side=160)
+    assert predictor.value_range == (1000, 4000)
+    photo = np.repeat(values[None, ..., None], 3, 3).astype(np.int32)
+    (ids,) = onnxruntime.InferenceSession(tmp_path / "deep.onnx").run(None, {"photo": photo})
+    expected = predictor.predict(read_image(tmp_path / "photo.png", (1000, 4000)))
+    assert (ids[0] == expected).mean() > 0.98
+    assert (ids[0] == predictor.predict(read_image(tmp_path / "photo.png"))).mean() < 0.9
+
+
+@pytest.mark.slow
 def test_the_file_of_another_network_is_refused(tmp_path):
-    export_onnx(SHIPPED, tmp_path / "logits.onnx", False)
+    export_onnx(SHIPPED, tmp_path / "logits.onnx")
     model = load_model(SHIPPED)[0]
     model.classifier.bias.data[3] += 0.01
     with pytest.raises(RuntimeError):

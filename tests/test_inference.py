@@ -40,6 +40,19 @@ def test_probabilities_are_the_softmax_over_all_but_the_ignored_class(ignored):
     torch.testing.assert_close(predictor.probabilities(images), expected)
 
 
+@pytest.mark.parametrize("max_side", [0, 40])
+def test_the_confidence_is_the_probability_of_the_predicted_class(max_side):
+    predictor = random_predictor(max_side=max_side)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    ids, confidence = predictor.predict_with_confidence(image)
+    prob = F.interpolate(
+        predictor.probabilities(predictor.prepare(image)), (50, 70), mode="bilinear"
+    )
+    highest, index = prob[0].max(0)
+    assert (ids == index.numpy()).mean() > 0.999
+    np.testing.assert_allclose(confidence, 255 * highest, atol=0.51)
+
+
 @pytest.mark.parametrize("size", [(1500, 40), (33, 961), (2901, 17)])
 def test_tiles_of_960_pixels_give_the_untiled_answer(size):
     images = torch.randn(1, 3, *size)

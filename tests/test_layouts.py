@@ -1,15 +1,173 @@
-"""Folder layouts: every known one gives the same samples, and splits made here are by video."""
+"""Folder layouts: what people's folders hold is found as it lies, and split by video."""
 
 import itertools
+import unicodedata
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import COLORS, COLORS32, MERGED, PALETTE, save, write_csv
+from PIL import Image
 
-from datasets.classes import CAMVID
-from datasets.layouts import find_pairs, find_split, held_out, list_splits
-from datasets.spec import DataSpec, find_classes
+from datasets.classes import CAMVID, ClassSet
+from datasets.flags import describe_data
+from datasets.layouts import find_splits
 from support.command import UserError
+
+# What makes it: where image and mask of a frame lie, and the names of the splits' folders.
+TREES = {
+    "CamVid": ("{split}/{name}.png", "{split}_labels/{name}_L.png", "train val"),
+    "Carvana": ("train/{name}.jpg", "train_masks/{name}_mask.gif", ""),
+    "CVAT, CamVid 1.0": ("{split}/{name}.PNG", "{split}annot/{name}.png", "Train Validation"),
+    "CVAT, one subset": ("default/{name}.PNG", "defaultannot/{name}.png", ""),
+    "Roboflow": ("{split}/{name}_jpg.rf.1.jpg", "{split}/{name}_jpg.rf.1_mask.png", "train valid"),
+    "DeepGlobe": ("train/{name}_sat.jpg", "train/{name}_mask.png", ""),
+    "MMSegmentation": ("img_dir/{split}/{name}.jpg", "ann_dir/{split}/{name}.png", "train val"),
+    "ADE20K": (
+        "images/{split}/{name}.jpg",
+        "annotations/{split}/{name}.png",
+        "training validation",
+    ),
+    "split first": ("{split}/Images/{name}.jpg", "{split}/Labels/{name}.png", "train valid"),
+    "keras": (
+        "images_prepped_{split}/{name}.png",
+        "annotations_prepped_{split}/{name}.png",
+        "train",
+    ),
+    "Cityscapes": (
+        "leftImg8bit/{split}/aachen/{name}_leftImg8bit.png",
+        "gtFine/{split}/aachen/{name}_gtFine_labelTrainIds.png",
+        "train val",
+    ),
+    "Cityscapes, as downloaded": (
+        "leftImg8bit/{split}/aachen/{name}_leftImg8bit.png",
+        "gtFine/{split}/aachen/{name}_gtFine_color.png",
+        "train val",
+    ),
+    "labelme": ("JPEGImages/{name}.jpg", "SegmentationClassPNG/{name}.png", ""),
+    "milesial": ("imgs/{name}.jpg", "masks/{name}_mask.gif", ""),
+    "drives": ("images/drive 1/{name}.tiff", "masks/drive 1/{name}.bmp", ""),
+    "CamVid's archives": ("701_StillsRaw_full/{name}.png", "LabeledApproved_full/{name}_L.png", ""),
+}
+NAMES = [f"a{i}" for i in range(10)]
+
+
+def grow(root: Path, image: str, mask: str, splits: str) -> dict[str, Path]:
+    """Create the empty files of a tree -> the mask of each image."""
+    masks = {}
+    for i, name in enumerate(NAMES):
+        split = (splits.split() or [""])[i >= 8 and " " in splits]
+        paths = [root / text.format(split=split, name=name) for text in (image, mask)]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        masks[paths[0]] = paths[1]
+    return masks
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_folder_of_a_common_tool_is_read_as_it_lies(tmp_path, tree):
+    masks = grow(tmp_path, *TREES[tree])
+    for other in (".hidden.png", "notes.txt", "gtFine/train/aachen/a0_gtFine_instanceIds.png"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).touch()
+    splits = find_splits(tmp_path, val_percent=20)[1]
+    assert [(pair.image, pair.mask) for pair in splits["train"].pairs] == [*masks.items()][:8]
+    assert [(pair.image, pair.mask) for pair in splits["val"].pairs] == [*masks.items()][8:]
+    assert not any(split.problems or split.unlabelled for split in splits.values())
+
+
+@pytest.mark.parametrize(
+    "lists, expected",
+    [
+        ({"ImageSets/Segmentation/Train": "a5\na7\n", "trainval": "a1"}, ("57", "")),
+        (
+            {"ImageSets/Segmentation/train": "a5\na7\n", "ImageSets/Segmentation/val": "a2"},
+            ("57", "2"),
+        ),
+        ({"valid": "a3.png\na4.png\n"}, ("01256789", "34")),
+        ({"train": "/train/a1.png trainannot/a1.png\n/train/a3.png trainannot/a3.png"}, ("13", "")),
+    ],
+)
+def test_lists_of_names_divide_a_folder(tmp_path, lists, expected):
+    """Where no list names frames for val, the last frame of train is held out."""
+    grow(tmp_path, "JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", "")
+    for name, text in lists.items():
+        path = tmp_path / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    splits = find_splits(tmp_path)[1]
+    train, val = ("".join(pair.image.stem[1] for pair in splits[s].pairs) for s in ("train", "val"))
+    assert (train, val) == (expected if expected[1] else (expected[0][:-1], expected[0][-1]))
+
+
+def test_camvids_frames_are_divided_as_in_the_literature(tmp_path):
+    """Without its lists, in any folder without splits."""
+    stems = {"0016E5_07959": "val", "Seq05VD_f00000": "test", "0006R0_f00930": "train"}
+    for stem in stems:
+        for path in (tmp_path / f"images/{stem}.png", tmp_path / f"labels/{stem}_P.png"):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    splits = find_splits(tmp_path)[1]
+    assert {s.pairs[0].image.stem: name for name, s in splits.items()} == stems
+
+
+def test_every_file_is_in_one_pair_or_named(tmp_path):
+    """In each of 256 folders: images without a mask are left out, other files are problems."""
+    names = ("b.1.png", "b.1.JPG", "b.1_L.png", "b.1_L_L.png")
+    for number, present in enumerate(itertools.product([False, True], repeat=8)):
+        root = tmp_path / f"{number}"
+        places = [root / folder / name for folder in ("train", "train_labels") for name in names]
+        files = [*itertools.compress(places, present)]
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        if not any(present[:4]) or not any(present[4:]):
+            continue  # no folder of images, or none of masks
+        train = find_splits(root, 0)[1]["train"]
+        assert all(mask.stem in (image.stem, f"{image.stem}_L") for image, mask in train.pairs)
+        paired = [path for pair in train.pairs for path in pair] + train.unlabelled
+        for path in files:
+            named = any(path.name in problem for problem in train.problems)
+            assert paired.count(path) == 1 or named and path not in paired
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path):
+    for folder, form in (("images", "NFC"), ("masks", "NFD")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / unicodedata.normalize(form, "Straße ü.png")).touch()
+    assert len(find_splits(tmp_path)[1]["train"].pairs) == 1
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ("imgs/1.jpg mask/1.npy readme.txt", "imgs/ (1 .jpg), mask/ (1 .npy) and readme.txt"),
+        ("archive/CamVid/train/1.png archive/CamVid/train_labels/1.png", "is in .*archive/CamVid;"),
+        ("", "nothing"),
+    ],
+)
+def test_other_folders_are_refused_with_what_they_hold(tmp_path, files, said):
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "count, percent, held", [(14, 10, "a12 a13"), (12, 25, "a9 a10 a11"), (2, 1, "a1"), (1, 50, "")]
+)
+def test_the_last_images_by_name_are_held_out_for_validation(tmp_path, count, percent, held):
+    for i in range(count):
+        for folder in ("train", "train_labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"a{i}.png").touch()
+    splits = find_splits(tmp_path, percent)[1]
+    assert {pair.image.stem for pair in splits["val"].pairs} == {*held.split()}
+    assert len(splits["train"].pairs) == count - len(held.split())
+
 
 OWN = {f"thing {i}": (20 * i, 255 - i, 7) for i in range(12)}
 OWN_PALETTE = np.array([*OWN.values()], np.uint8)
@@ -27,30 +185,42 @@ def as_segnet(ids: np.ndarray) -> np.ndarray:
     return np.array([11, *range(11)], np.uint8)[ids]
 
 
-# The masks' folder and name, what is in them, the colours of class_dict.csv, how to read them.
-LAYOUTS = {
-    "12 colours": ("{}_labels/{}.png", PALETTE.__getitem__, None, {}),
-    "32 colours": ("{}_labels/{}_L.png", in_32_colors, COLORS32, {}),
-    "segnet": ("{}annot/{}.png", as_segnet, None, {}),
-    "own colours": ("{}_labels/{}_mask.png", OWN_PALETTE.__getitem__, OWN, {}),
-    "own ids": ("{}_labels/{}.png", np.uint8, None, {"label_format": "ids", "num_classes": 12}),
-    "own ids, 16 bits": ("{}_labels/{}.png", np.uint16, OWN, {"label_format": "ids"}),
-    "own ids, annot": ("{}annot/{}.png", np.uint8, OWN, {}),
+def with_palette(ids: np.ndarray) -> Image.Image:
+    image = Image.fromarray(ids.astype(np.uint8))
+    image.putpalette(OWN_PALETTE.tobytes())
+    return image
+
+
+# The masks' folder, what is in them, the colours of class_dict.csv, the flags.
+COPIES = {
+    "12 colours": ("{}_labels", PALETTE.__getitem__, None, {}),
+    "32 colours": ("{}_labels", in_32_colors, COLORS32, {}),
+    "segnet": ("{}annot", as_segnet, None, {"data_name": "camvid"}),
+    "own colours": ("{}_labels", OWN_PALETTE.__getitem__, OWN, {}),
+    "own palette": ("{}_labels", with_palette, OWN, {}),
+    "own ids": ("{}_labels", np.uint8, None, {"num_classes": 12, "label_format": "ids"}),
+    "own ids, named": ("{}annot", np.uint8, OWN, {}),
+    "own ids, 16 bits": ("{}_labels", np.uint16, OWN, {}),
+    "own ids, RGB": ("{}annot", lambda ids: np.dstack([np.uint8(ids)] * 3), OWN, {}),
 }
+FLAGS = {"data_name": "auto", "label_format": "auto", "classes": None, "num_classes": None}
+FLAGS |= {"val_percent": None, "max_side": 0}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_samples(tmp_path, frames, layout):
-    place, paint, table, flags = LAYOUTS[layout]
+@pytest.mark.parametrize("copy", COPIES)
+def test_every_copy_gives_the_same_samples(tmp_path, frames, copy):
+    folder, paint, table, flags = COPIES[copy]
     for split, samples in frames.items():
         for stem, image, ids in samples:
             save(tmp_path / split / f"{stem}.png", image, compress_level=1)
-            save(tmp_path / place.format(split, stem), paint(ids), compress_level=1)
+            mask = paint(ids)
+            mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+            (tmp_path / folder.format(split)).mkdir(exist_ok=True)
+            mask.save(tmp_path / folder.format(split) / f"{stem}.png", compress_level=1)
     if table:
         write_csv(tmp_path, table)
-    classes = find_classes(tmp_path, **flags)
-    assert (classes == CAMVID) == (not layout.startswith("own"))
-    data = DataSpec(tmp_path, classes, flags.get("label_format", "auto"))
+    data = describe_data(Namespace(data_root=tmp_path, **FLAGS | flags))
+    assert (data.classes == CAMVID) == (not copy.startswith("own"))
     assert not data.problems(data.check(frames))
     for split, samples in frames.items():
         dataset = data.dataset(split)
@@ -62,53 +232,13 @@ def test_every_layout_gives_the_same_samples(tmp_path, frames, layout):
 
 
 @pytest.mark.parametrize(
-    "images, masks, suffix",
-    [("images", "masks", "_mask"), ("JPEGImages", "SegmentationClassPNG", "")],
+    "stem, expected", [("0001TP_00669{}", CAMVID), ("a{}", ClassSet.numbered(12))]
 )
-def test_images_without_splits_are_split_into_train_and_val(tmp_path, images, masks, suffix):
-    for folder, name in ((images, "{}.JPG"), (masks, f"{{}}{suffix}.png"), ("test", "{}.png")):
-        (tmp_path / folder).mkdir()
-        for i in range(10):
-            (tmp_path / folder / name.format(i)).touch()
-    assert list_splits(tmp_path) == ["train", "val", "test"]
-    for split, stems in (("train", "01234567"), ("val", "89")):
-        pairs, problems, _ = find_split(tmp_path, split, val_percent=20)
-        assert "".join(pair.image.stem for pair in pairs) == stems
-        assert not problems
-
-
-def test_a_missing_val_is_not_made_of_images_beside_train(tmp_path):
-    for folder in ("train", "train_labels", "images", "masks"):
-        (tmp_path / folder).mkdir()
-    with pytest.raises(UserError, match="val_labels"):
-        find_split(tmp_path, "val", 10)
-
-
-def test_every_file_is_in_one_pair_or_named_as_a_problem(tmp_path):
-    """In each of 256 folders."""
-    names = ("b.1.png", "b.1.JPG", "b.1_L.png", "b.1_L_L.png")
-    for number, present in enumerate(itertools.product([False, True], repeat=8)):
-        images = tmp_path / f"{number}" / "train"
-        masks = tmp_path / f"{number}" / "train_labels"
-        images.mkdir(parents=True)
-        masks.mkdir()
-        places = [folder / name for folder in (images, masks) for name in names]
-        files = [*itertools.compress(places, present)]
-        for path in files:
-            path.touch()
-        pairs, problems = find_pairs(images, masks)
-        paired = [path for pair in pairs for path in pair]
-        for pair in pairs:
-            assert pair.mask.stem in (pair.image.stem, f"{pair.image.stem}_L")
-        for path in files:
-            named = any(path.name in problem for problem in problems)
-            assert paired.count(path) == 1 or named and path not in paired
-        assert pairs or problems
-
-
-@pytest.mark.parametrize(
-    "count, percent, held",
-    [(14, 10, ["a12", "a13"]), (12, 25, ["a9", "a10", "a11"]), (2, 1, ["a1"]), (1, 50, [])],
-)
-def test_the_last_images_by_name_are_held_out_for_validation(count, percent, held):
-    assert held_out([f"a{i}" for i in range(count)], percent) == set(held)
+def test_ids_in_annot_are_segnets_for_camvids_frames_alone(tmp_path, stem, expected):
+    """Or the classes of one's own data would be called after CamVid's."""
+    ids = np.kron(np.arange(12).reshape(3, 4), np.ones((4, 4))).astype(np.uint8)
+    for i in range(3):
+        save(tmp_path / "train" / f"{stem.format(i)}.png", np.dstack([ids] * 3))
+        save(tmp_path / "trainannot" / f"{stem.format(i)}.png", ids)
+    data = describe_data(Namespace(data_root=tmp_path, **FLAGS))
+    assert data.classes == expected

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, REPO, SMALL, load, opened, rows, write_csv
+from conftest import COLORS, PALETTE, REPO, SMALL, load, opened, rows, save, write_csv
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -181,6 +181,7 @@ def test_fine_tuning_the_shipped_weights_is_one_command(scenes, tmp_path, call):
     last = load(tmp_path)
     assert last["config"]["model"] == {"name": "unet", "options": {"width": 16}}
     assert last["config"]["train"]["lr"] == pytest.approx(0.1 / 5)
+    assert last["config"]["max_side"] == 480  # as large as objects were in the training
     assert last["state_dict"]["classifier.weight"].shape[0] == 13
     assert call(*command, "--width", 8)[0] == 2
 
@@ -212,6 +213,13 @@ def test_evaluation_scores_the_masks_that_prediction_writes_at_their_own_size(
     metrics = evaluate("--data_root", scenes)
     assert metrics["miou"] == pytest.approx(best["scores"]["miou"], abs=1e-6)
     assert evaluate("--data_root", scenes, "--max_side", 0)["miou"] != metrics["miou"]
+    assert "2 of them were shrunk to 64" in call("evaluate.py", "--data_root", scenes)[1]
+    out = call("predict.py", "--image_dir", scenes / "val", "--save_dir", "twice")[1]
+    assert "more than twice" not in out
+    large = opened(min((scenes / "val").iterdir())).resize((192, 144))
+    large.save(tmp_path / "large.png")
+    out = call("predict.py", "--image_dir", "large.png", "--save_dir", "large")[1]
+    assert out.index("192×144 pixels are more than twice") < out.index("wrote")
     assert call("predict.py", "--image_dir", scenes / "val", "--no-overlay")[0] == 0
     right = []
     for path in (scenes / "val_labels").iterdir():
@@ -220,6 +228,71 @@ def test_evaluation_scores_the_masks_that_prediction_writes_at_their_own_size(
         right.append((ids == truth)[truth > 0])
     share = np.concatenate(right).mean()
     assert metrics["pixel_accuracy"] == pytest.approx(share, abs=1e-9)
+
+
+def test_prediction_writes_what_is_asked_for(trained, scenes, tmp_path, call):
+    asked = "--save_confidence --mask_format color --report report --no-overlay"
+    flags = ("--image_dir", scenes / "val", "--checkpoint", trained / "checkpoint/unet_best.pth")
+    assert call("predict.py", *flags, *asked.split())[0] == 0
+    names = {path.stem for path in (scenes / "val").iterdir()}
+    kinds = ("mask", "confidence")
+    assert visible(tmp_path / "predictions") == {f"{n}_{k}.png" for n in names for k in kinds}
+    page = (tmp_path / "report" / "index.html").read_text("utf-8")
+    means = dict(re.findall(r'"name": "([^"]+)".*?"confidence": ([\d.]+)', page))
+    for name in names:
+        grey = np.asarray(opened(tmp_path / "predictions" / f"{name}_confidence.png"))
+        assert float(means[name]) == pytest.approx(grey.mean() / 255)
+
+
+# Folders as tools write them: the places of image and mask, what is in a mask, the file of names.
+EXPORTS = {
+    "CVAT": (
+        "{split}/{name}.png",
+        "{split}annot/{name}.png",
+        lambda ids: PALETTE[ids],
+        ("label_colors.txt", "0 0 0 sky\n128 128 128 road\n128 0 0 car\n192 192 128 pole"),
+    ),
+    "Roboflow": (
+        "{split}/{name}.jpg",
+        "{split}/{name}_mask.png",
+        np.uint8,
+        ("train/_classes.csv", "Pixel Value, Class\n0, sky\n1, road\n2, car\n3, pole"),
+    ),
+    "own ids": ("{split}/{name}.png", "{split}annot/{name}.png", np.uint8, None),
+    "Cityscapes": (
+        "leftImg8bit/{split}/aachen/{name}_leftImg8bit.png",
+        "gtFine/{split}/aachen/{name}_gtFine_labelTrainIds.png",
+        lambda ids: np.array([10, 0, 13, 255], np.uint8)[ids],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_an_export_trains_and_predicts_without_moving_a_file(tmp_path, call, tool):
+    """Classes have the names of the export, and predicted ids are those of the masks."""
+    image_place, mask_place, paint, names = EXPORTS[tool]
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in "ab":
+            ids = np.kron(rng.permutation(24).reshape(4, 6) % 4, np.ones((16, 16), int))
+            image = PALETTE[ids] // 2 + rng.integers(0, 60, (*ids.shape, 3), np.uint8)
+            save(tmp_path / "data" / image_place.format(split=split, name=name), image)
+            save(tmp_path / "data" / mask_place.format(split=split, name=name), paint(ids))
+    if names:
+        (tmp_path / "data" / names[0]).write_text(names[1])
+    assert call("train.py", "--data_root", "data", *SMALL, "--epochs", 8)[0] == 0
+    images = (tmp_path / "data").glob(image_place.format(split="val", name="[ab]"))
+    assert call("predict.py", "--image_dir", *images, "--no-overlay")[0] == 0
+    found = {int(i) for path in tmp_path.glob("predictions/*.png") for i in np.unique(opened(path))}
+    config = load(tmp_path, "best")["config"]["classes"]
+    if tool == "Cityscapes":
+        assert len(config["names"]) == 19 and config["names"][10] == "sky"
+    else:
+        assert found <= {0, 1, 2, 3}
+        expected = ["sky", "road", "car", "pole"] if names else [f"class {i}" for i in range(4)]
+        assert config["names"] == expected
+    assert call("evaluate.py", "--data_root", "data")[0] == 0
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import opened
 
 from datasets.synthetic import generate_scene
-from inference.sources import find_images, output_names
+from inference.checkpoints import SHIPPED, load_predictor
+from inference.sources import find_inputs, output_names
 from inference.video import VideoReader, write_video
 from support.command import UserError
 
@@ -30,6 +32,21 @@ def test_a_video_becomes_a_video_of_the_same_size_and_rate_that_browsers_play(dr
             assert np.abs(shown.astype(int) - frame).mean() < 16
 
 
+def test_a_pattern_of_videos_gives_the_masks_of_their_frames(drive, tmp_path, call):
+    """A broken one is named, and the others are predicted."""
+    (tmp_path / "broken.mp4").write_bytes(b"broken")
+    command = "predict.py --image_dir *.mp4 --save_dir out --save_masks --mask_format ids --amp off"
+    status, _, err = call(*command.split(), "--checkpoint", SHIPPED)
+    assert status == 1 and "broken.mp4" in err
+    names = {path.relative_to("out").as_posix() for path in Path("out").glob("**/[!.]*.*")}
+    masks = {f"drive_masks/{i:06}_mask.png" for i in range(11)}
+    assert names == masks | {"drive_overlay.mp4"}
+    frame = list(VideoReader(Path("drive.mp4")))[7]
+    mask = opened(Path("out/drive_masks/000007_mask.png"))
+    assert mask.mode == "L"
+    np.testing.assert_array_equal(mask, load_predictor(SHIPPED)[0].predict(frame))
+
+
 @pytest.mark.parametrize("size", [0, 2000])
 def test_broken_videos_are_refused(drive, tmp_path, size):
     path = tmp_path / "broken.mp4"
@@ -41,10 +58,10 @@ def test_broken_videos_are_refused(drive, tmp_path, size):
 @pytest.mark.parametrize(
     "given, found, left_out",
     [
-        ("photos", "a.png b.JPG", ".mp4 .heic photos/**"),
-        ("photos/*", "a.png b.JPG", ".mp4 .heic"),
+        ("photos", "a.png b.JPG drive.mp4", ".heic photos/**"),
+        ("photos/*", "a.png b.JPG drive.mp4", ".heic"),
         ("photos/a.png photos/b.JPG", "a.png b.JPG", ""),
-        ("photos/**", "a.png b.JPG deep/c.png", ".mp4 .heic"),
+        ("photos/**", "a.png b.JPG deep/c.png drive.mp4", ".heic"),
         ("photos/drive.mp4", "drive.mp4", ""),
     ],
 )
@@ -56,8 +73,9 @@ def test_folders_files_and_patterns_give_images_and_a_line_on_the_rest(
     files = "a.png b.JPG .hidden.png deep/c.png drive.mp4 d.heic notes.txt"
     for name in files.split():
         Path("photos", name).touch()
-    images, line = find_images(given.split())
-    assert [path.relative_to("photos").as_posix() for path in images] == found.split()
+    images, videos, line = find_inputs(given.split())
+    assert [path.relative_to("photos").as_posix() for path in images + videos] == found.split()
+    assert all(path.suffix == ".mp4" for path in videos)
     assert all(name in line for name in left_out.split())
     assert bool(line) == bool(left_out)
 

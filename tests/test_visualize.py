@@ -19,6 +19,12 @@ def test_a_mask_holds_ids_and_shows_colours(tmp_path):
     assert (np.asarray(image.convert("RGB")) == PALETTE[IDS]).all()
 
 
+def test_a_mask_holds_ids_alone_or_colours_alone():
+    assert (np.asarray(mask_image(IDS, CAMVID, "color")) == PALETTE[IDS]).all()
+    ids = mask_image(IDS, CAMVID, "ids")
+    assert ids.mode == "L" and (np.asarray(ids) == IDS).all()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_an_overlay_blends_the_image_and_the_colours(alpha):
     blend = (1 - alpha) * IMAGE + alpha * PALETTE[IDS]

@@ -105,12 +105,14 @@ class Run:
             "classes": data.classes.to_dict(),
             "normalize": trainer.normalize,
             "max_side": data.max_side,
+            "value_range": list(data.value_range),
             "train": flags,
         }
         if args.resume:
             self.resume(checkpoint, trainer)
         elif checkpoint:
-            print(f"{args.init_from}: {trainer.init_from(checkpoint)}; learning rate {args.lr:g}")
+            done = trainer.init_from(checkpoint)
+            print(f"{args.init_from}: {done}; learning rate {args.lr:g}, max_side {data.max_side}")
         self.resumed = self.epoch
         self.started = time.perf_counter()
 

@@ -1,0 +1,184 @@
+"""The flags that describe the data, and the DataSpec that they describe."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.classes import CAMVID, CLASS_FILES, CLASS_SETS, IGNORED, ClassSet
+from datasets.layouts import VAL_PERCENT, Split, find_splits, mask_paths, standard_split
+from datasets.masks import Survey, class_table, detect_format, packed, survey_masks
+from datasets.spec import DataSpec, SplitReport
+from support.command import Parser, UserError, number
+from support.files import every_nth
+from support.images import FULL_RANGE, deep_values, open_image
+
+MAX_LINES = 50  # problems that are listed before training
+LABEL_FORMATS = {
+    "auto": "",
+    "rgb": "colours",
+    "nearest": "blended colours",
+    "ids": "class ids",
+    "segnet": "SegNet's ids",
+}
+DATA_NAME_HELP = """class set; auto reads a class_dict.csv or the like in the folder, else looks
+into the masks"""
+VAL_PERCENT_HELP = f"""percentage of the training images that is held out for validation if there
+are no others, the last by name; if not given, {VAL_PERCENT:.0f}"""
+
+
+def add_data_flags(parser: Parser) -> None:
+    """The flags that describe the data, the same for every command."""
+    parser.add_flags(
+        "data",
+        ("--data_root", Path, None, "folder with train/, train_labels/, val/, …"),
+        ("--data_name", ("auto", *CLASS_SETS), "auto", DATA_NAME_HELP),
+        ("--classes", Path, None, "file that names the classes, if it is not in --data_root"),
+        ("--label_format", tuple(LABEL_FORMATS), "auto", "of the masks"),
+        ("--num_classes", int, None, "number of classes in masks of ids"),
+        ("--val_percent", number(float, 0, 90), None, VAL_PERCENT_HELP),
+    )
+
+
+def open_data(
+    args, splits: Sequence[str] = ("train", "val"), trained: dict | None = None
+) -> DataSpec:
+    """The data that the flags describe, with every file of the splits read.
+
+    Prints what was found. args.max_side: None takes the longest side of the training images.
+    trained: of `describe_data`. Raises UserError with all problems, one a line.
+    """
+    data = describe_data(args, trained)
+    reports = data.check(splits)
+    problems = data.problems(reports)
+    if len(problems) > 1:
+        problems = [f"{data.root}: {len(problems)} problems", *problems[:MAX_LINES]]
+    if problems:
+        raise UserError(*problems)
+    for report in reports.values():
+        print(f"{report.split}: {len(report.pairs)} images", *report.lines(), sep="\n")
+    print(class_line(reports[splits[0]], data.classes))
+    if data.value_range != FULL_RANGE:
+        low, high = data.value_range
+        print(f"16-bit images: values from {low} to {high} become 0 to 255")
+    max_side = args.max_side
+    if max_side is None:
+        max_side = max(max(size) for size in reports["train"].sizes)
+    return replace(data, max_side=max_side, reports=reports)
+
+
+def describe_data(args, trained: dict | None = None) -> DataSpec:
+    """The data that the flags describe; a sample of its files is read.
+
+    trained: the config of a checkpoint, for the classes of data without names and for the range of
+    16-bit images. Raises UserError if the layout or the classes cannot be known.
+    """
+    root = args.data_root
+    if root is None:
+        raise UserError("--data_root DIR is needed, a folder with train/ (or try train.py --demo)")
+    percent = args.val_percent or VAL_PERCENT
+    layout, splits = find_splits(root, percent)
+    sample = survey_masks(every_nth(mask_paths(splits)))
+    table = args.classes or class_file(root, splits)
+    if args.data_name != "auto":
+        classes = CLASS_SETS[args.data_name]
+    elif table:
+        classes = ClassSet.from_file(table)
+    elif trained:
+        classes = trained["classes"]
+    elif layout.class_set:
+        classes = CLASS_SETS[layout.class_set]
+    else:
+        classes = guess_classes(args, mask_paths(splits), sample)
+    if args.num_classes not in (None, len(classes)):
+        raise UserError(
+            f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
+            f"classes; leave it out for these"
+        )
+    label_format = args.label_format
+    if label_format == "auto":
+        label_format = detect_format(sample, classes)
+    value_range = trained and trained["value_range"]
+    if not value_range:
+        value_range = find_value_range([pair.image for pair in splits["train"].pairs])
+    return DataSpec(root, classes, label_format, args.max_side or 0, percent, value_range)
+
+
+def class_file(root: Path, splits: dict[str, Split]) -> Path | None:
+    """The file that names the classes: in the data folder, or beside the training images."""
+    train = splits["train"].pairs[0].image.parent if splits["train"].pairs else root
+    paths = [folder / name for name in CLASS_FILES for folder in (root, train)]
+    return next(filter(Path.is_file, paths), None)
+
+
+def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
+    """The classes of data without names: CamVid's, or nameless ones for masks of ids.
+
+    sample: of the masks. Raises UserError with the lines of a class_dict.csv if the masks hold
+    neither.
+    """
+    if args.label_format == "ids" and args.num_classes:
+        return ClassSet.numbered(args.num_classes)
+    if args.label_format == "segnet" or not sample.pixels:
+        return CAMVID  # without masks that can be read, the check has more to say
+    if args.label_format != "ids" and holds_camvid(sample):
+        return CAMVID
+    if args.label_format == "auto" and holds_segnet(sample, masks):
+        return CAMVID
+    survey = survey_masks(masks)
+    count = survey.class_ids()
+    if args.label_format == "ids":
+        count = max((value for value in survey.values if value < IGNORED), default=0) + 1
+    if count:
+        return ClassSet.numbered(max(count, args.num_classes or 0))
+    table = args.data_root / "class_dict.csv"
+    raise UserError(
+        f"{args.data_root}: the colours of the masks are not CamVid's, and no file names the "
+        f"classes; put these lines into {table}, with names of your own (python -m datasets.check "
+        f"--data_root {args.data_root} --write_classes does it):",
+        *class_table(survey),
+    )
+
+
+def holds_camvid(survey: Survey) -> bool:
+    """Whether masks have at least half of CamVid's classes, and few pixels of other colours."""
+    present = {i for color, i in CAMVID.known_colors.items() if survey.colors[packed(color)]}
+    stray = survey.split_unknown(CAMVID)[0].total()
+    return len(present & {*CAMVID.scored}) > 5 and stray < survey.pixels / 4
+
+
+def holds_segnet(survey: Survey, masks: list[Path]) -> bool:
+    """Whether masks of ids are the SegNet copy's, by the names of CamVid's frames."""
+    named = sum(standard_split(path.stem) is not None for path in masks)
+    return named > len(masks) / 2 and detect_format(survey, CAMVID) == "segnet"
+
+
+def find_value_range(images: Sequence[Path]) -> tuple[int, int]:
+    """The 0.1 and 99.9 percentiles of 16-bit images, from a sample of them; else all values."""
+    values = []
+    for path in every_nth(images):
+        if path.suffix.lower() in (".png", ".tif", ".tiff"):
+            with contextlib.suppress(UserError):  # the check names the file
+                image = open_image(path)
+                if image.info["deep"]:
+                    values.append(deep_values(image, path)[::4, ::4].ravel())
+    if not values:
+        return FULL_RANGE
+    low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).astype(int).tolist()
+    return (low, high) if low < high else FULL_RANGE
+
+
+def class_line(report: SplitReport, classes: ClassSet) -> str:
+    """The classes, where they come from, what masks hold, and the classes without a pixel."""
+    ignored = ""
+    if classes.ignore_index < len(classes):
+        ignored = f" (+ {classes.names[classes.ignore_index]}, ignored)"
+    source = f" of {classes.source}" if classes.source else ""
+    if classes == ClassSet.numbered(len(classes)):
+        source = " without names (datasets.check --write_classes writes a table for them)"
+    absent = [classes.names[i] for i in classes.scored if not report.pixels[i]]
+    missing = f"; {report.split} has no pixel of {', '.join(absent)}" if absent else ""
+    masks = LABEL_FORMATS[report.label_format]
+    return f"classes: {len(classes.scored)}{ignored}{source}; masks of {masks}{missing}"

@@ -1,0 +1,265 @@
+"""What mask files hold: colours, blended colours or class ids, and how they are read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from datasets.classes import CAMVID, IGNORED, ClassSet, Color
+from support.command import UserError, progress
+from support.images import open_image, to_rgb
+
+SEGNET_IDS = (*range(1, 12), 0)  # of CAMVID, for the ids of the SegNet copy: 0 Sky … 11 void
+MAX_COLORS = 160  # a class set has fewer; masks with more are photographs, or show objects
+# Chosen on CamVid's masks as JPEG of quality 50 to 95 and resized with soft edges: of the pixels
+# of unknown colour, 99.9 % are found to be blends, and none of a flat class that a table lacks.
+SOLID = 0.05  # share of a colour's pixels that have neighbours of that colour alone; blends have 0
+OFFSET = 40  # distance of a blend from the line between two colours of classes, because of JPEG
+SHIFT = 16  # distance of a class's colour from itself, because of JPEG
+RARE = 0.001  # share of the pixels; with blends, rarer colours without areas are no classes
+BLENDED = 0.97  # share of the pixels of unknown colour that are blends, in blended masks
+MAX_BLENDS = 10_000  # colours that are looked at; rarer ones are blends
+
+
+def read_mask(path: Path, classes: ClassSet, label_format: str) -> np.ndarray:
+    """A mask as (H, W) uint8 class ids, 255 where a colour or id is in no class.
+
+    label_format: ``rgb`` colours; ``nearest``, which takes the nearest known colour for every other
+    one; ``ids``; or ``segnet``: ids 0 Sky … 10 Bicyclist, 11 void.
+    Raises UserError if the file cannot be read, or is a JPEG or has colours where ids are expected.
+    """
+    image = open_image(path)
+    if label_format in ("rgb", "nearest"):
+        rgb = np.asarray(to_rgb(image))
+        ids = classes.to_ids(rgb)
+        unknown = ids == IGNORED
+        if label_format == "nearest" and unknown.any():
+            colors, index = np.unique(rgb[unknown], axis=0, return_inverse=True)
+            ids[unknown] = classes.nearest_ids(colors)[index.ravel()]
+        return ids
+    if image.format == "JPEG":
+        raise UserError(f"{path}: JPEG changes the ids of a mask; save masks as PNG")
+    values = single_channel(image)
+    if values is None:
+        raise UserError(f"{path}: a mask of ids has one channel, this has colours")
+    table = np.array([*_mask_ids(classes, label_format), IGNORED], np.uint8)
+    known = (values >= 0) & (values < len(table) - 1)
+    return table[np.where(known, values, -1)]
+
+
+def _mask_ids(classes: ClassSet, label_format: str) -> tuple[int, ...]:
+    """The class id of each value from 0 in a mask of ids."""
+    return SEGNET_IDS if label_format == "segnet" else classes.mask_ids or (*range(len(classes)),)
+
+
+def single_channel(image) -> np.ndarray | None:
+    """The (H, W) int64 values of a mask with one channel, or with equal channels; else None."""
+    values = np.asarray(image, np.int64)
+    if values.ndim == 3:
+        equal = (values[..., :1] == values[..., :3]).all()
+        return values[..., 0] if equal and values.shape[2] >= 3 else None
+    return values
+
+
+@dataclass
+class Survey:
+    """What a set of masks holds.
+
+    colors: pixels of each colour, as 0xRRGGBB. solid: those whose eight neighbours have the same
+    colour. values: pixels of each value, if all masks have a single channel. palette: whether any
+    mask has a palette.
+    """
+
+    colors: Counter[int] = field(default_factory=Counter)
+    solid: Counter[int] = field(default_factory=Counter)
+    values: Counter[int] = field(default_factory=Counter)
+    palette: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.colors.total()
+
+    def unknown(self, classes: ClassSet) -> Counter[int]:
+        """The pixels of each colour that no class has."""
+        known = {packed(color) for color in classes.known_colors}
+        return Counter({color: count for color, count in self.colors.items() if color not in known})
+
+    def unknown_ids(self, classes: ClassSet, label_format: str) -> Counter[int]:
+        """The pixels of each value that is no class's id, nor 255 for ignored pixels."""
+        known = {*range(len(_mask_ids(classes, label_format))), IGNORED}
+        return Counter({value: count for value, count in self.values.items() if value not in known})
+
+    def has_area(self, color: int) -> bool:
+        """Whether a colour fills areas, as those of classes do, and not blends at their edges."""
+        return self.solid[color] >= SOLID * self.colors[color]
+
+    def split_unknown(self, classes: ClassSet) -> tuple[Counter[int], int]:
+        """The pixels of each colour that is neither known nor a blend of known ones, and the number
+        of pixels of blended colours.
+        """
+        unknown = self.unknown(classes)
+        colors = [color for color, _ in self.colors.most_common(MAX_BLENDS)]
+        from_known, from_lines = distances(colors, [*map(packed, classes.known_colors)])
+        stray: Counter[int] = Counter()
+        for i, color in enumerate(colors):
+            blended = from_lines[i] <= OFFSET and not self.has_area(color)
+            if color in unknown and from_known[i] > SHIFT and not blended:
+                stray[color] = unknown[color]
+        return stray, unknown.total() - stray.total()
+
+    def flat_colors(self) -> list[int]:
+        """The colours without the blended ones, the most frequent first."""
+        ordered = [color for color, _ in self.colors.most_common(MAX_BLENDS // 10)]
+        areas = list(filter(self.has_area, ordered))
+        if sum(self.colors[color] for color in areas) < self.pixels / 2:
+            return ordered  # too few areas to tell
+        if len(areas) > len(self.colors) / 2:
+            return ordered  # without blends
+        flat: list[int] = []
+        from_lines = distances(ordered, areas)[1]
+        for color, from_line in zip(ordered, from_lines):
+            shifted = flat and distances([color], flat)[0][0] <= SHIFT
+            thin = from_line > OFFSET and self.colors[color] > RARE * self.pixels
+            if not shifted and (self.has_area(color) or thin):
+                flat.append(color)
+        return flat
+
+    def are_blended(self) -> bool:
+        return len(self.flat_colors()) <= len(self.colors) / 2
+
+    def class_ids(self) -> int:
+        """The number of classes if the masks hold ids, else 0. Few values far apart are colours."""
+        ids = [value for value in self.values if value != IGNORED]
+        if self.palette or len(ids) < 2 or self.are_blended():
+            return 0
+        return max(ids) + 1 if max(ids) < min(IGNORED, 4 * len(ids)) else 0
+
+
+def packed(color: Color) -> int:
+    """(r, g, b) -> 0xRRGGBB."""
+    r, g, b = color
+    return r << 16 | g << 8 | b
+
+
+def unpacked(colors: list[int]) -> np.ndarray:
+    """(N,) 0xRRGGBB -> (N, 3) float64 (r, g, b)."""
+    values = np.array(colors, np.int64)
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=-1).astype(float)
+
+
+def distances(colors: list[int], known: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) Euclidean distances of colours from the nearest known colour, and from the nearest line
+    between two known colours that occur.
+    """
+    points = unpacked(colors)
+    ends = unpacked(known)
+    to_ends = np.linalg.norm(points[:, None] - ends, axis=-1)
+    from_ends = to_ends.min(1, initial=np.inf)
+    from_lines = from_ends.copy()
+    occurring = ends[to_ends.min(0, initial=np.inf) <= SHIFT]
+    for a, b in combinations(occurring, 2):
+        along = np.clip((points - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)
+        nearest = a + along[:, None] * (b - a)
+        from_lines = np.minimum(from_lines, np.linalg.norm(points - nearest, axis=1))
+    return from_ends, from_lines
+
+
+def survey_masks(paths: Iterable[Path]) -> Survey:
+    """Count the colours and values of masks. Files that cannot be read are left out."""
+    survey = Survey()
+    single = True
+    with ThreadPoolExecutor() as pool:
+        for part in progress(pool.map(_survey_mask, paths), desc="colours", unit="mask"):
+            survey.colors += part.colors
+            survey.solid += part.solid
+            survey.values += part.values
+            survey.palette |= part.palette
+            single &= bool(part.values) or not part.colors
+    return survey if single else replace(survey, values=Counter())
+
+
+def _survey_mask(path: Path) -> Survey:
+    try:
+        image = open_image(path)
+    except UserError:
+        return Survey()
+    values = single_channel(image)
+    if image.mode.startswith("I") and values is not None:
+        code = values.clip(0, 255) * 0x010101  # only 8 bits are colours
+    else:
+        code = np.asarray(to_rgb(image), np.int64) @ [1 << 16, 1 << 8, 1]
+    inner = code[1:-1, 1:-1]
+    height, width = inner.shape
+    solid = np.ones(inner.shape, bool)
+    for top, left in np.ndindex(3, 3):
+        solid &= code[top : top + height, left : left + width] == inner
+    return Survey(
+        count_values(code),
+        count_values(inner[solid]),
+        Counter() if values is None else count_values(values),
+        image.mode == "P",
+    )
+
+
+def count_values(array: np.ndarray) -> Counter[int]:
+    values, counts = np.unique(array, return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist())))
+
+
+def detect_format(survey: Survey, classes: ClassSet) -> str:
+    """The label_format, of `read_mask`, by which most pixels of the masks are in the classes."""
+    unknown = survey.unknown(classes).total()
+    ids_format = "segnet" if classes.names == CAMVID.names else "ids"
+    if survey.values and survey.unknown_ids(classes, ids_format).total() < unknown:
+        return ids_format
+    blended = survey.are_blended() and survey.split_unknown(classes)[1] >= BLENDED * unknown
+    return "nearest" if unknown and blended else "rgb"
+
+
+def find_stray(
+    path: Path, classes: ClassSet, label_format: str, ids: np.ndarray
+) -> tuple[Counter, int]:
+    """How many pixels of a mask have each colour (r, g, b) or id that is in no class, and how many
+    have a blended colour. ids: of `read_mask`.
+    """
+    if label_format != "nearest" and not (ids == IGNORED).any():
+        return Counter(), 0
+    survey = _survey_mask(path)
+    if label_format == "nearest":
+        unknown, blended = survey.split_unknown(classes)
+    elif label_format == "rgb":
+        unknown, blended = survey.unknown(classes), 0
+    else:
+        return survey.unknown_ids(classes, label_format), 0
+    colors = unpacked([*unknown]).astype(int).tolist()
+    return Counter(dict(zip(map(tuple, colors), unknown.values()))), blended
+
+
+def class_table(survey: Survey) -> list[str]:
+    """The lines of a class_dict.csv for the masks: their flat colours, the most frequent first, or
+    the classes of their ids in Pascal VOC's colours.
+
+    Raises UserError if there are no masks, or no flat colours in them.
+    """
+    if count := survey.class_ids():
+        colors = [packed(color) for color in ClassSet.numbered(count).colors]
+        counts = [survey.values[i] for i in range(count)]
+    else:
+        colors = survey.flat_colors()
+        counts = [survey.colors[color] for color in colors]
+    if not colors:
+        raise UserError("there are no masks")
+    if len(colors) > MAX_COLORS:
+        raise UserError(
+            f"the masks hold {len(colors):,} colours; save them with one flat colour a class"
+        )
+    lines = ["name,r,g,b,pixels"]
+    for i, (color, pixels) in enumerate(zip(colors, counts)):
+        name = "Background" if color == 0 else f"class {i}"
+        r, g, b = unpacked([color])[0].astype(int)
+        lines.append(f"{name},{r},{g},{b},{pixels / survey.pixels:.2%}")
+    return lines
