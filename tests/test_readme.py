@@ -76,15 +76,19 @@ def test_the_readmes_code_predicts_a_turned_photograph(folder):
 
 
 def test_brushes_of_label_studio_become_masks(folder):
-    Path("mydata/masks").mkdir(parents=True)
-    Path("export.json").write_text('[{"id": 7, "image": "/data/upload/1/frame.jpg"}]')
+    """Whatever the annotator and the brush are called; a photograph without brushes is black."""
+    tasks = [{"id": i, "image": f"/data/upload/1/frame{i}.jpg"} for i in (7, 8)]
+    Path("export.json").write_text(json.dumps(tasks))
     ids = np.arange(12).reshape(3, 4) % 3
-    for i, name in enumerate(("Road", "Car"), 1):
-        path = folder / "brushes" / f"task-7-annotation-1-by-1-tag-{name}-0.png"
-        save(path, np.uint8(255 * (ids == i)))
+    for task in tasks:
+        save(folder / "mydata" / "images" / Path(task["image"]).name, np.zeros((3, 4, 3), np.uint8))
+    for middle, name in (("by-1-tag", "Road"), ("by-a-b@example.com-brush", "Car")):
+        path = folder / "brushes" / f"task-7-annotation-1-{middle}-{name}-0.png"
+        save(path, np.uint8(255 * (ids == ["Road", "Car"].index(name) + 1)))
     exec(code_blocks("docs/own-data.md", "python")[0], {})
     colors = np.array([(0, 0, 0), (128, 64, 128), (64, 0, 128)])
-    assert (np.asarray(opened("mydata/masks/frame.png")) == colors[ids]).all()
+    assert (np.asarray(opened("mydata/masks/frame7.png")) == colors[ids]).all()
+    assert not np.any(opened("mydata/masks/frame8.png"))
 
 
 @pytest.mark.slow
