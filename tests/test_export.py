@@ -11,7 +11,7 @@ from conftest import REPO, TURNED, code_blocks, opened
 from PIL import Image
 
 from datasets.synthetic import generate_scene
-from export import check_onnx, export_onnx
+from export import FromPhotos, check_onnx, example, export_onnx
 from inference.checkpoints import SHIPPED, load_model, load_predictor, release
 from support.images import read_image
 
@@ -59,29 +59,29 @@ def test_ids_are_those_of_the_predictor(exported, size):
     assert (ids[0] == predictor.predict(image)).mean() > 0.995
 
 
-@pytest.mark.slow
-def test_a_network_of_16_bit_images_takes_their_values(tmp_path, call):
-    """And --max_side replaces that of the training."""
+def test_a_network_of_16_bit_images_takes_their_values(tmp_path):
     checkpoint = torch.load(SHIPPED)
     checkpoint["config"]["value_range"] = [1000, 4000]
     torch.save(checkpoint, tmp_path / "deep.pth")
-    flags = ("--checkpoint", "deep.pth", "--with_preprocessing", "--max_side", 160)
-    assert call("export.py", "--out", "deep.onnx", *flags)[0] == 0
     scene = np.array(generate_scene(3, 240, 180)[0].convert("L"), int)
     values = (1000 + 3000 * scene // 255).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "photo.png")
-    predictor, _ = load_predictor(tmp_path / "deep.pth", max_side=160)
-    assert predictor.value_range == (1000, 4000)
-    photo = np.repeat(values[None, ..., None], 3, 3).astype(np.int32)
-    (ids,) = onnxruntime.InferenceSession(tmp_path / "deep.onnx").run(None, {"photo": photo})
-    expected = predictor.predict(read_image(tmp_path / "photo.png", (1000, 4000)))
-    assert (ids[0] == expected).mean() > 0.98
-    assert (ids[0] == predictor.predict(read_image(tmp_path / "photo.png"))).mean() < 0.9
+    predictor = load_predictor(tmp_path / "deep.pth")[0]
+    expected = predictor.predict(read_image(tmp_path / "photo.png", predictor.value_range))
+    photo = torch.from_numpy(values.astype(np.int32))[None, ..., None].expand(-1, -1, -1, 3)
+    network = FromPhotos(*load_model(tmp_path / "deep.pth")).eval()
+    assert example(network, 1, 4, 5).dtype == torch.int32
+    with torch.inference_mode():
+        ids = network(photo)[0].numpy()
+    assert (ids == expected).mean() > 0.999
+    assert (ids == predictor.predict(read_image(tmp_path / "photo.png"))).mean() < 0.9
 
 
 @pytest.mark.slow
 def test_the_file_of_another_network_is_refused(tmp_path):
-    export_onnx(SHIPPED, tmp_path / "logits.onnx")
+    export_onnx(SHIPPED, tmp_path / "logits.onnx", max_side=100)
+    session = onnxruntime.InferenceSession(tmp_path / "logits.onnx")
+    assert session.get_modelmeta().custom_metadata_map["max_side"] == "100"
     model = load_model(SHIPPED)[0]
     model.classifier.bias.data[3] += 0.01
     with pytest.raises(RuntimeError):

@@ -112,6 +112,7 @@ def test_the_notebook_runs(folder, monkeypatch, call):
 def test_the_commands_for_own_data_run_one_after_the_other(folder, scenes, call):
     """With two epochs of small crops."""
     shutil.copytree(scenes, "mydata")
+    shutil.copytree(scenes / "val", "photos")
     for script, flags in commands("docs/own-data.md"):
         small = ("--epochs", 2, "--crop_size", 64) if script == "train" else ()
         assert call(script, *flags, *small)[0] == 0
