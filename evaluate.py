@@ -27,9 +27,12 @@ from support.files import make_folder, write_file
 def main(args) -> None:
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
-    for flag in ("data_name", "classes", "label_format", "num_classes", "val_percent"):
+    for flag in ("data_name", "label_format", "num_classes", "val_percent"):
         if getattr(args, flag) in (None, "auto") and flag in config["train"]:
             setattr(args, flag, config["train"][flag])  # not given: as in the training
+    table = Path(config["train"].get("classes") or "")
+    if not args.classes and table.is_file():
+        args.classes = table
     args.split = split_name(args.split) or args.split
     data = open_data(args, [args.split], config)
     classes = data.classes
@@ -57,8 +60,8 @@ def main(args) -> None:
     shrunk = sum(count for size, count in sizes if 0 < args.max_side < max(size))
     if shrunk:
         print(
-            f"{shrunk} of them were shrunk to {args.max_side} pixels on the longer side, as in the "
-            f"training; --max_side 0 takes images at their own size"
+            f"{shrunk} of them were shrunk to {args.max_side} pixels on the longer side; "
+            f"--max_side 0 takes images at their own size"
         )
     write_metrics(args.save_dir / "metrics.json", scores, classes, len(dataset))
     if args.report:

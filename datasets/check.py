@@ -47,7 +47,7 @@ def write_classes(args) -> None:
     text = "\n".join(class_table(survey_masks(mask_paths(find_splits(args.data_root)[1])))) + "\n"
     write_file(table, lambda path: path.write_text(text))
     print(text, end="")
-    print(f"wrote {table}; now name the classes in it, and call what is to be ignored Void")
+    print(f"wrote {table}; now name the classes in it, and name ignored classes Void")
 
 
 def get_args_parser() -> Parser:
@@ -66,8 +66,9 @@ def main(args) -> int:
     data = describe_data(args)
     labelled = [name for name, split in data.splits.items() if split.pairs or name != "test"]
     reports = data.check(labelled)
-    if reports["train"].sizes:
-        print(class_line(reports["train"], data.classes))
+    first = next(iter(reports.values()))
+    if first.sizes:
+        print(class_line(first, data.classes))
     for report in reports.values():
         if report.sizes:
             print(summary(report, data.classes))

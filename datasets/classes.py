@@ -138,7 +138,7 @@ class ClassSet:
             mask_ids.append(class_id)
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
-        if set(colors) == set(CAMVID32.colors):
+        if set(colors) == set(CAMVID32.colors) and len(names) == len(CAMVID32):
             return replace(CAMVID, source=path)
         first = {class_id: color for color, class_id in reversed(colors.items())}
         border = () if all(color for _, _, color in rows) else VOC_BORDER
@@ -156,8 +156,10 @@ def _read_rows(path: Path) -> list[Row]:
     """The rows of a file that names classes. Raises UserError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text in UTF-8") from None
     if path.suffix.lower() == ".csv":
         return _read_csv(path, lines)
     rows = []

@@ -56,7 +56,7 @@ def sort_frames(pairs: list[Pair], root: Path) -> dict[str, int]:
     Returns the number of frames of each split.
     """
     found = dict.fromkeys(COUNTS, 0)
-    masks_format = detect_format(survey_masks([pair.mask for pair in pairs[:16]]), CAMVID)
+    mask_format = detect_format(survey_masks([pair.mask for pair in pairs[:16]]), CAMVID)
     for image, mask in progress(pairs, desc="sorting", unit="frame"):
         split = standard_split(image.stem)
         if split is None:
@@ -66,7 +66,7 @@ def sort_frames(pairs: list[Pair], root: Path) -> dict[str, int]:
             target = root / folder / f"{image.stem}.png"
             target.parent.mkdir(exist_ok=True)
             shutil.move(source, target)
-        if masks_format == "segnet":
+        if mask_format == "segnet":
             Image.fromarray(CAMVID.to_rgb(read_mask(target, CAMVID, "segnet"))).save(target)
     return found
 

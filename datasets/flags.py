@@ -38,7 +38,7 @@ def add_data_flags(parser: Parser) -> None:
         ("--classes", Path, None, "file that names the classes, if it is not in --data_root"),
         ("--label_format", tuple(LABEL_FORMATS), "auto", "of the masks"),
         ("--num_classes", int, None, "number of classes in masks of ids"),
-        ("--val_percent", number(float, 0, 90), None, VAL_PERCENT_HELP),
+        ("--val_percent", number(float, 1, 90), None, VAL_PERCENT_HELP),
     )
 
 
@@ -78,8 +78,8 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     root = args.data_root
     if root is None:
         raise UserError("--data_root DIR is needed, a folder with train/ (or try train.py --demo)")
-    percent = args.val_percent or VAL_PERCENT
-    layout, splits = find_splits(root, percent)
+    val_percent = args.val_percent or VAL_PERCENT
+    layout, splits = find_splits(root, val_percent)
     sample = survey_masks(every_nth(mask_paths(splits)))
     table = args.classes or class_file(root, splits)
     if args.data_name != "auto":
@@ -87,7 +87,7 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     elif table:
         classes = ClassSet.from_file(table)
     elif trained:
-        classes = trained["classes"]
+        classes = with_aliases(trained["classes"])
     elif layout.class_set:
         classes = CLASS_SETS[layout.class_set]
     else:
@@ -102,14 +102,21 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
         label_format = detect_format(sample, classes)
     value_range = trained and trained["value_range"]
     if not value_range:
-        value_range = find_value_range([pair.image for pair in splits["train"].pairs])
-    return DataSpec(root, classes, label_format, args.max_side or 0, percent, value_range)
+        pairs = [pair for split in splits.values() for pair in split.pairs]
+        value_range = find_value_range([pair.image for pair in pairs])
+    return DataSpec(root, classes, label_format, args.max_side or 0, val_percent, value_range)
+
+
+def with_aliases(trained: ClassSet) -> ClassSet:
+    """The class set of a checkpoint, which has no aliases, with those of a known dataset."""
+    known = (classes for classes in CLASS_SETS.values() if replace(classes, aliases=()) == trained)
+    return next(known, trained)
 
 
 def class_file(root: Path, splits: dict[str, Split]) -> Path | None:
-    """The file that names the classes: in the data folder, or beside the training images."""
-    train = splits["train"].pairs[0].image.parent if splits["train"].pairs else root
-    paths = [folder / name for name in CLASS_FILES for folder in (root, train)]
+    """The file that names the classes: in the data folder, or beside the images of a split."""
+    folders = [root, *(split.pairs[0].image.parent for split in splits.values() if split.pairs)]
+    paths = [folder / name for name in CLASS_FILES for folder in folders]
     return next(filter(Path.is_file, paths), None)
 
 
@@ -125,7 +132,8 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
         return CAMVID  # without masks that can be read, the check has more to say
     if args.label_format != "ids" and holds_camvid(sample):
         return CAMVID
-    if args.label_format == "auto" and holds_segnet(sample, masks):
+    of_camvid = sum(standard_split(path.stem) is not None for path in masks) > len(masks) / 2
+    if of_camvid and args.label_format == "auto" and detect_format(sample, CAMVID) == "segnet":
         return CAMVID
     survey = survey_masks(masks)
     count = survey.class_ids()
@@ -145,14 +153,10 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
 def holds_camvid(survey: Survey) -> bool:
     """Whether masks have at least half of CamVid's classes, and few pixels of other colours."""
     present = {i for color, i in CAMVID.known_colors.items() if survey.colors[packed(color)]}
-    stray = survey.split_unknown(CAMVID)[0].total()
-    return len(present & {*CAMVID.scored}) > 5 and stray < survey.pixels / 4
-
-
-def holds_segnet(survey: Survey, masks: list[Path]) -> bool:
-    """Whether masks of ids are the SegNet copy's, by the names of CamVid's frames."""
-    named = sum(standard_split(path.stem) is not None for path in masks)
-    return named > len(masks) / 2 and detect_format(survey, CAMVID) == "segnet"
+    unknown = survey.unknown(CAMVID)
+    if survey.are_blended():
+        unknown = survey.strange_colors(CAMVID)
+    return len(present & {*CAMVID.scored}) > 5 and unknown.total() < survey.pixels / 4
 
 
 def find_value_range(images: Sequence[Path]) -> tuple[int, int]:

@@ -4,9 +4,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from support.command import UserError
@@ -56,6 +55,8 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+# Where the name of an image ends in a line of a list.
+LIST_ENDING = "(?i)(?:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + r")(?:\s|$)"
 # What may follow the image's name in that of its mask, where the layout does not say it.
 MASK_ENDINGS = ("", "_mask", "_L", "_P", "_label", "_labels", "_gt", "_seg")
 
@@ -72,13 +73,12 @@ class Split:
     """The files of a split.
 
     unlabelled: images without a mask. problems: one line each, such as masks without an image.
-    mask_dir: the folder of the masks, None if there is none. held_out: from the images of train.
+    held_out: whether the pairs were taken from train.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     unlabelled: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    mask_dir: Path | None = None
     held_out: bool = False
 
 
@@ -110,7 +110,7 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     layout, splits = found
     if [*splits] == ["train"]:
         splits = divide_by_names(splits["train"], find_lists(root))
-    if "val" not in splits:
+    if "train" in splits and "val" not in splits:
         hold_out(splits, val_percent)
     return layout, splits
 
@@ -126,27 +126,32 @@ def mask_paths(splits: dict[str, Split]) -> list[Path]:
 
 
 def match_layout(root: Path) -> tuple[Layout, dict[str, Split]] | None:
-    """The first layout by which a folder has pairs, else masks, and the splits that it has."""
-    without_pairs = None
+    """The first layout by which a folder has training pairs, else any, and the splits it has."""
+    other = None
     for layout in LAYOUTS:
-        if not (root / layout.marker).is_dir():
-            continue
-        names = SPLIT_NAMES if "SPLIT" in layout.images else {"train": ("",)}
-        splits: dict[str, Split] = {}
-        for split, aliases in names.items():
-            for alias in aliases:
-                for image_dir, images in list_files(root, layout.images, alias):
-                    mask_dirs = list_files(root, layout.masks, alias)
-                    splits.setdefault(split, pair_files(layout, image_dir, images, mask_dirs))
-        if any(split.pairs for split in splits.values()):
+        splits = read_splits(root, layout) if (root / layout.marker).is_dir() else {}
+        if "train" in splits and splits["train"].pairs:
             return layout, splits
-        if any(split.mask_dir for split in splits.values()):
-            without_pairs = without_pairs or (layout, splits)
-    return without_pairs
+        if any(split.pairs or split.problems for split in splits.values()):
+            other = other or (layout, splits)  # only test, or masks whose names fit no image
+    return other
 
 
-def list_files(root: Path, pattern: str, split: str) -> Iterator[tuple[Path, list[Path]]]:
-    """The folders that a layout's pattern describes, each with its image files, if it has any."""
+def read_splits(root: Path, layout: Layout) -> dict[str, Split]:
+    """The splits whose images a folder has where the layout says it."""
+    splits: dict[str, Split] = {}
+    names = SPLIT_NAMES if "SPLIT" in layout.images else {"train": ("",)}
+    for split in names:
+        for name in names[split]:
+            image_dir, images = list_files(root, layout.images, name)
+            if images and split not in splits:
+                mask_dir, masks = list_files(root, layout.masks, name)
+                splits[split] = pair_files(layout, image_dir, images, mask_dir, masks)
+    return splits
+
+
+def list_files(root: Path, pattern: str, split: str) -> tuple[Path, list[Path]]:
+    """The first folder of a layout's pattern that has image files, and these."""
     folders = [root]
     *parts, ending = pattern.split("/")
     for part in parts:
@@ -162,32 +167,33 @@ def list_files(root: Path, pattern: str, split: str) -> Iterator[tuple[Path, lis
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         ]
         if files:
-            yield folder, files
+            return folder, files
+    return root, []
 
 
 def pair_files(
-    layout: Layout, image_dir: Path, images: list[Path], mask_dirs: Iterator[tuple]
+    layout: Layout, image_dir: Path, images: list[Path], mask_dir: Path, masks: list[Path]
 ) -> Split:
     """Pair images and masks whose names are the same but for the layout's endings."""
-    mask_dir, masks = next(mask_dirs, (None, []))
+    split = Split()
     if mask_dir == image_dir:
-        images = [path for path in images if path not in masks]
-    split = Split(mask_dir=mask_dir)
-    by_name: dict[str, Path] = {}
+        images = sorted({*images} - {*masks})
     ending = layout.images.rpartition("*")[2]
+    by_name: dict[str, Path] = {}
     for path in images:
-        _add(by_name, shared_name(path, image_dir).removesuffix(ending), path, split.problems)
+        name = shared_name(path, image_dir).removesuffix(ending)
+        add_unique(by_name, name, path, split.problems)
     mask_ending = layout.masks.rpartition("*")[2]
+    endings = (mask_ending,) if mask_ending else MASK_ENDINGS
     mask_by_name: dict[str, Path] = {}
     for path in masks:
         name = shared_name(path, mask_dir)
-        endings = (mask_ending,) if mask_ending else MASK_ENDINGS
         names = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
         image_name = next((name for name in names if name in by_name), None)
         if image_name is None:
             split.problems.append(f"{mask_dir.name}/{path.name}: has no image of the same name")
         else:
-            _add(mask_by_name, image_name, path, split.problems)
+            add_unique(mask_by_name, image_name, path, split.problems)
     for name, path in by_name.items():
         if name in mask_by_name:
             split.pairs.append(Pair(path, mask_by_name[name]))
@@ -196,7 +202,7 @@ def pair_files(
     return split
 
 
-def _add(paths: dict[str, Path], name: str, path: Path, problems: list[str]) -> None:
+def add_unique(paths: dict[str, Path], name: str, path: Path, problems: list[str]) -> None:
     other = paths.setdefault(name, path)
     if other != path:
         problems.append(
@@ -226,18 +232,18 @@ def describe_folder(root: Path) -> str:
 
 
 def find_lists(root: Path) -> dict[str, set[str]]:
-    """The names of images in a folder's lists of its splits, such as ImageSets/Segmentation/val.txt
-    or valid.txt, without their folders and suffixes.
+    """The images in a folder's lists of its splits, such as ImageSets/Segmentation/val.txt or
+    valid.txt: names without suffixes, with as many folders as the lists have.
     """
     lists: dict[str, set[str]] = {}
     for path in sorted((*root.glob("ImageSets/Segmentation/*.txt"), *root.glob("*.txt"))):
         split = split_name(path.stem)
         if split and split not in lists:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            files = [PurePosixPath(unicodedata.normalize("NFC", line.strip())) for line in lines]
-            lists[split] = {
-                file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name for file in files
-            } - {""}
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+            lines = unicodedata.normalize("NFC", text).splitlines()
+            # A line may have the path of the mask too.
+            names = (re.split(LIST_ENDING, line.strip(), maxsplit=1)[0] for line in lines)
+            lists[split] = {name.strip("/") for name in names} - {""}
     return lists
 
 
@@ -246,15 +252,15 @@ def divide_by_names(whole: Split, lists: dict[str, set[str]]) -> dict[str, Split
 
     Images that are in no list belong to train, or to no split if there is a list of train.
     """
-    splits = {"train": Split(problems=whole.problems, mask_dir=whole.mask_dir)}
+    splits = {"train": Split(problems=whole.problems)}
 
     def split_of(image: Path) -> Split:
-        stem = unicodedata.normalize("NFC", image.stem)
-        name = next((split for split in lists if stem in lists[split]), None)
-        if name is None and "train" in lists:
+        parts = unicodedata.normalize("NFC", image.with_suffix("").as_posix()).split("/")
+        names = {"/".join(parts[i:]) for i in range(len(parts))}
+        listed = next((split for split in lists if names & lists[split]), None)
+        if listed is None and "train" in lists:
             return Split()
-        name = name or standard_split(stem) or "train"
-        return splits.setdefault(name, Split(mask_dir=whole.mask_dir))
+        return splits.setdefault(listed or standard_split(image.stem) or "train", Split())
 
     for pair in whole.pairs:
         split_of(pair.image).pairs.append(pair)
@@ -270,15 +276,16 @@ def hold_out(splits: dict[str, Split], percent: float) -> None:
     splits.
     """
     train = splits["train"]
-    count = min(len(train.pairs) - 1, math.ceil(len(train.pairs) * percent / 100))
-    names = {pair: str(pair.image.with_suffix("")) for pair in train.pairs}
-    # By length first: frame10 comes after frame9.
-    ordered = sorted(train.pairs, key=lambda pair: (len(names[pair]), names[pair]))
-    held = set(ordered[len(ordered) - count :])
-    splits["val"] = Split(
-        [pair for pair in train.pairs if pair in held], mask_dir=train.mask_dir, held_out=True
-    )
+    ordered = sorted(train.pairs, key=lambda pair: natural_key(pair.image.as_posix()))
+    count = max(0, min(len(ordered) - 1, math.ceil(len(ordered) * percent / 100)))
+    held = {*ordered[len(ordered) - count :]}
+    splits["val"] = Split([pair for pair in train.pairs if pair in held], held_out=True)
     train.pairs = [pair for pair in train.pairs if pair not in held]
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts frame10 after frame9."""
+    return [(int(text or 0), word) for word, text in re.findall(r"(\D*)(\d*)", name)]
 
 
 def standard_split(stem: str) -> str | None:

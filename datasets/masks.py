@@ -4,25 +4,19 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from datasets.classes import CAMVID, IGNORED, ClassSet, Color
+from datasets.classes import CAMVID, IGNORED, ClassSet
 from support.command import UserError, progress
 from support.images import open_image, to_rgb
 
 SEGNET_IDS = (*range(1, 12), 0)  # of CAMVID, for the ids of the SegNet copy: 0 Sky … 11 void
 MAX_COLORS = 160  # a class set has fewer; masks with more are photographs, or show objects
-# Chosen on CamVid's masks as JPEG of quality 50 to 95 and resized with soft edges: of the pixels
-# of unknown colour, 99.9 % are found to be blends, and none of a flat class that a table lacks.
 SOLID = 0.05  # share of a colour's pixels that have neighbours of that colour alone; blends have 0
-OFFSET = 40  # distance of a blend from the line between two colours of classes, because of JPEG
 SHIFT = 16  # distance of a class's colour from itself, because of JPEG
-RARE = 0.001  # share of the pixels; with blends, rarer colours without areas are no classes
-BLENDED = 0.97  # share of the pixels of unknown colour that are blends, in blended masks
-MAX_BLENDS = 10_000  # colours that are looked at; rarer ones are blends
 
 
 def read_mask(path: Path, classes: ClassSet, label_format: str) -> np.ndarray:
@@ -58,11 +52,12 @@ def _mask_ids(classes: ClassSet, label_format: str) -> tuple[int, ...]:
 
 def single_channel(image) -> np.ndarray | None:
     """The (H, W) int64 values of a mask with one channel, or with equal channels; else None."""
-    values = np.asarray(image, np.int64)
+    values = np.asarray(image)
     if values.ndim == 3:
-        equal = (values[..., :1] == values[..., :3]).all()
-        return values[..., 0] if equal and values.shape[2] >= 3 else None
-    return values
+        if values.shape[2] < 3 or (values[..., :1] != values[..., 1:3]).any():
+            return None
+        values = values[..., 0]
+    return values.astype(np.int64)
 
 
 @dataclass
@@ -71,13 +66,14 @@ class Survey:
 
     colors: pixels of each colour, as 0xRRGGBB. solid: those whose eight neighbours have the same
     colour. values: pixels of each value, if all masks have a single channel. palette: whether any
-    mask has a palette.
+    mask has a palette. annot: whether any is in a folder called …annot, as those of SegNet are.
     """
 
     colors: Counter[int] = field(default_factory=Counter)
     solid: Counter[int] = field(default_factory=Counter)
     values: Counter[int] = field(default_factory=Counter)
     palette: bool = False
+    annot: bool = False
 
     @property
     def pixels(self) -> int:
@@ -93,43 +89,37 @@ class Survey:
         known = {*range(len(_mask_ids(classes, label_format))), IGNORED}
         return Counter({value: count for value, count in self.values.items() if value not in known})
 
-    def has_area(self, color: int) -> bool:
-        """Whether a colour fills areas, as those of classes do, and not blends at their edges."""
+    def fills_areas(self, color: int) -> bool:
+        """Whether a colour has neighbours of itself, unlike a blend at an edge."""
         return self.solid[color] >= SOLID * self.colors[color]
 
-    def split_unknown(self, classes: ClassSet) -> tuple[Counter[int], int]:
-        """The pixels of each colour that is neither known nor a blend of known ones, and the number
-        of pixels of blended colours.
-        """
-        unknown = self.unknown(classes)
-        colors = [color for color, _ in self.colors.most_common(MAX_BLENDS)]
-        from_known, from_lines = distances(colors, [*map(packed, classes.known_colors)])
-        stray: Counter[int] = Counter()
-        for i, color in enumerate(colors):
-            blended = from_lines[i] <= OFFSET and not self.has_area(color)
-            if color in unknown and from_known[i] > SHIFT and not blended:
-                stray[color] = unknown[color]
-        return stray, unknown.total() - stray.total()
+    def are_blended(self) -> bool:
+        """Whether few colours, but most pixels, are in areas, as with soft edges and JPEG."""
+        areas = [*filter(self.fills_areas, self.colors)]
+        covered = sum(self.colors[color] for color in areas)
+        return len(areas) < len(self.colors) / 4 and covered > self.pixels / 2
 
     def flat_colors(self) -> list[int]:
-        """The colours without the blended ones, the most frequent first."""
-        ordered = [color for color, _ in self.colors.most_common(MAX_BLENDS // 10)]
-        areas = list(filter(self.has_area, ordered))
-        if sum(self.colors[color] for color in areas) < self.pixels / 2:
-            return ordered  # too few areas to tell
-        if len(areas) > len(self.colors) / 2:
-            return ordered  # without blends
+        """The colours without blends and JPEG's noise, the most frequent first."""
+        ordered = [color for color, _ in self.colors.most_common()]
+        if not self.are_blended():
+            return ordered
         flat: list[int] = []
-        from_lines = distances(ordered, areas)[1]
-        for color, from_line in zip(ordered, from_lines):
-            shifted = flat and distances([color], flat)[0][0] <= SHIFT
-            thin = from_line > OFFSET and self.colors[color] > RARE * self.pixels
-            if not shifted and (self.has_area(color) or thin):
+        for color in filter(self.fills_areas, ordered):
+            if is_far(color, flat):
                 flat.append(color)
         return flat
 
-    def are_blended(self) -> bool:
-        return len(self.flat_colors()) <= len(self.colors) / 2
+    def strange_colors(self, classes: ClassSet) -> Counter[int]:
+        """The pixels of each colour that fills areas and is not near any class's."""
+        known = [*map(packed, classes.known_colors)]
+        return Counter(
+            {
+                color: count
+                for color, count in self.unknown(classes).items()
+                if self.fills_areas(color) and is_far(color, known)
+            }
+        )
 
     def class_ids(self) -> int:
         """The number of classes if the masks hold ids, else 0. Few values far apart are colours."""
@@ -139,8 +129,8 @@ class Survey:
         return max(ids) + 1 if max(ids) < min(IGNORED, 4 * len(ids)) else 0
 
 
-def packed(color: Color) -> int:
-    """(r, g, b) -> 0xRRGGBB."""
+def packed(color: Any) -> Any:
+    """(r, g, b) -> 0xRRGGBB, for numbers or arrays."""
     r, g, b = color
     return r << 16 | g << 8 | b
 
@@ -151,21 +141,10 @@ def unpacked(colors: list[int]) -> np.ndarray:
     return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=-1).astype(float)
 
 
-def distances(colors: list[int], known: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) Euclidean distances of colours from the nearest known colour, and from the nearest line
-    between two known colours that occur.
-    """
-    points = unpacked(colors)
-    ends = unpacked(known)
-    to_ends = np.linalg.norm(points[:, None] - ends, axis=-1)
-    from_ends = to_ends.min(1, initial=np.inf)
-    from_lines = from_ends.copy()
-    occurring = ends[to_ends.min(0, initial=np.inf) <= SHIFT]
-    for a, b in combinations(occurring, 2):
-        along = np.clip((points - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)
-        nearest = a + along[:, None] * (b - a)
-        from_lines = np.minimum(from_lines, np.linalg.norm(points - nearest, axis=1))
-    return from_ends, from_lines
+def is_far(color: int, others: list[int]) -> bool:
+    """Whether a colour differs from all others by more than JPEG's noise."""
+    distances = np.linalg.norm(unpacked(others) - unpacked([color]), axis=1)
+    return distances.min(initial=np.inf) > SHIFT
 
 
 def survey_masks(paths: Iterable[Path]) -> Survey:
@@ -178,6 +157,7 @@ def survey_masks(paths: Iterable[Path]) -> Survey:
             survey.solid += part.solid
             survey.values += part.values
             survey.palette |= part.palette
+            survey.annot |= part.annot
             single &= bool(part.values) or not part.colors
     return survey if single else replace(survey, values=Counter())
 
@@ -191,7 +171,7 @@ def _survey_mask(path: Path) -> Survey:
     if image.mode.startswith("I") and values is not None:
         code = values.clip(0, 255) * 0x010101  # only 8 bits are colours
     else:
-        code = np.asarray(to_rgb(image), np.int64) @ [1 << 16, 1 << 8, 1]
+        code = packed(np.moveaxis(np.asarray(to_rgb(image), np.int32), -1, 0))
     inner = code[1:-1, 1:-1]
     height, width = inner.shape
     solid = np.ones(inner.shape, bool)
@@ -202,6 +182,7 @@ def _survey_mask(path: Path) -> Survey:
         count_values(inner[solid]),
         Counter() if values is None else count_values(values),
         image.mode == "P",
+        path.parent.name.endswith("annot"),
     )
 
 
@@ -211,12 +192,13 @@ def count_values(array: np.ndarray) -> Counter[int]:
 
 
 def detect_format(survey: Survey, classes: ClassSet) -> str:
-    """The label_format, of `read_mask`, by which most pixels of the masks are in the classes."""
-    unknown = survey.unknown(classes).total()
-    ids_format = "segnet" if classes.names == CAMVID.names else "ids"
-    if survey.values and survey.unknown_ids(classes, ids_format).total() < unknown:
-        return ids_format
-    blended = survey.are_blended() and survey.split_unknown(classes)[1] >= BLENDED * unknown
+    """The label_format, of `read_mask`, that fits the masks."""
+    unknown = survey.unknown(classes)
+    black = survey.colors[0] * (0 not in unknown)  # which is also the id 0
+    colored = survey.pixels - unknown.total() - black
+    if survey.values and colored < unknown.total():
+        return "segnet" if classes.names == CAMVID.names and survey.annot else "ids"
+    blended = survey.are_blended() and not survey.strange_colors(classes)
     return "nearest" if unknown and blended else "rgb"
 
 
@@ -229,14 +211,13 @@ def find_stray(
     if label_format != "nearest" and not (ids == IGNORED).any():
         return Counter(), 0
     survey = _survey_mask(path)
-    if label_format == "nearest":
-        unknown, blended = survey.split_unknown(classes)
-    elif label_format == "rgb":
-        unknown, blended = survey.unknown(classes), 0
-    else:
+    if label_format in ("ids", "segnet"):
         return survey.unknown_ids(classes, label_format), 0
-    colors = unpacked([*unknown]).astype(int).tolist()
-    return Counter(dict(zip(map(tuple, colors), unknown.values()))), blended
+    unknown = survey.unknown(classes)
+    stray = survey.strange_colors(classes) if label_format == "nearest" else unknown
+    colors = unpacked([*stray]).astype(int).tolist()
+    by_color = Counter(dict(zip(map(tuple, colors), stray.values())))
+    return by_color, unknown.total() - stray.total()
 
 
 def class_table(survey: Survey) -> list[str]:

@@ -118,6 +118,8 @@ class DataSpec:
             report.problems.append(
                 f"{self.root}: none of the {len(found.unlabelled)} images of {split} has a mask "
                 f"of the same name, such as {image.parent.name}/{image.name}"
+                + "; without this folder, val is held out of train"
+                * (split == "val")
             )
         elif found.held_out and not found.pairs and self.splits["train"].pairs:
             report.problems.append(f"{self.root}: one image cannot be divided into train and val")
@@ -145,10 +147,9 @@ class DataSpec:
                     report.problems.append(str(reading))
                     continue
                 self._add(report, pair, reading)
-                image = shrink(reading.image, self.max_side)
-                size += image.nbytes + reading.ids.nbytes
+                size += reading.image.nbytes + reading.ids.nbytes
                 if size <= room:
-                    report.samples.append((image, reading.ids))
+                    report.samples.append((reading.image, reading.ids))
         if len(report.samples) < len(report.pairs):
             report.samples.clear()
         any_scored = report.pixels[self.classes.scored].any()
@@ -187,7 +188,7 @@ class DataSpec:
             return error
         size = image.shape[:2]
         if ids.shape == size:
-            return Reading(image, ids, stray, blended, notes)
+            return Reading(shrink(image, self.max_side), ids, stray, blended, notes)
         if opened.info["orientation"] > 4 and ids.shape == size[::-1]:
             return UserError(
                 f"{pair.mask}: fits {pair.image.name} only without its EXIF orientation, which "
@@ -202,8 +203,8 @@ class DataSpec:
         learnt = np.count_nonzero(train.pixels[self.classes.scored])
         if train.sizes and learnt < 2:
             problems.append(
-                f"{self.root}: the masks of train hold {learnt} classes, without the ignored; two "
-                f"are needed"
+                f"{self.root}: the masks of train, read as {train.label_format}, hold {learnt} "
+                f"classes that are not ignored, and two are needed; see --label_format"
             )
         return problems
 

@@ -29,7 +29,7 @@ FULL_RANGE = (0, 65535)  # of 16-bit values
 def open_image(path: str | Path) -> Image.Image:
     """The decoded first frame of an image file, upright by its EXIF tag.
 
-    ``info`` has what is lost: ``orientation``, the EXIF tag (1: upright, from 5: turned by 90°);
+    ``info`` also records ``orientation``, the EXIF tag (1: upright, from 5: turned by 90°);
     ``deep``, whether it has 16 bits a channel; ``bands``, the number of its channels.
     Raises UserError if it cannot be read.
     """
@@ -65,7 +65,7 @@ def _identify(file) -> Image.Image:
         bits = tags[TiffImagePlugin.BITSPERSAMPLE]
         if len(bits) not in (4, 5, 6) or set(bits) != {8}:
             raise ValueError(
-                f"a TIFF of {len(bits)} bands with {bits[0]} bits; save three bands with 8 bits"
+                f"a TIFF of {len(bits)} bands with {bits[0]} bits; save red, green and blue as PNG"
             ) from None
         layout = (tags.prefix, 1, (1,), 1, bits, tags.get(TiffImagePlugin.EXTRASAMPLES, ()))
         TiffImagePlugin.OPEN_INFO[layout] = ("RGB", "RGB" + "X" * (len(bits) - 3))
@@ -105,10 +105,11 @@ def deep_values(image: Image.Image, path: str | Path) -> np.ndarray:
         return np.repeat(np.asarray(image, np.uint16)[..., None], 3, axis=2)
     import cv2  # Pillow keeps 8 bits of several channels
 
-    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR  # which turns it upright
+    values = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     if values is None or values.dtype != np.uint16:
         raise UserError(f"{path}: 16 bits a channel cannot be read; save it with 8")
-    return np.ascontiguousarray(values[..., 2::-1])  # BGR or BGRA
+    return np.ascontiguousarray(values[..., ::-1])  # OpenCV has BGR
 
 
 def limited_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def test_a_folder_of_a_common_tool_is_read_as_it_lies(tmp_path, tree):
             ("57", "2"),
         ),
         ({"valid": "a3.png\na4.png\n"}, ("01256789", "34")),
-        ({"train": "/train/a1.png trainannot/a1.png\n/train/a3.png trainannot/a3.png"}, ("13", "")),
+        ({"train": "/JPEGImages/a1.jpg x/a1_mask.png\n/JPEGImages/a3.jpg x/a3.png"}, ("13", "")),
     ],
 )
 def test_lists_of_names_divide_a_folder(tmp_path, lists, expected):
@@ -100,6 +100,26 @@ def test_lists_of_names_divide_a_folder(tmp_path, lists, expected):
     splits = find_splits(tmp_path)[1]
     train, val = ("".join(pair.image.stem[1] for pair in splits[s].pairs) for s in ("train", "val"))
     assert (train, val) == (expected if expected[1] else (expected[0][:-1], expected[0][-1]))
+
+
+def test_lists_tell_images_of_one_name_by_their_folders(tmp_path):
+    for drive in ("drive1", "drive2"):
+        for folder in ("images", "masks"):
+            (tmp_path / folder / drive).mkdir(parents=True)
+            (tmp_path / folder / drive / "0000.png").touch()
+    (tmp_path / "train.txt").write_text("drive1/0000.png\n")
+    (tmp_path / "val.txt").write_text("drive2/0000.png\n")
+    splits = find_splits(tmp_path)[1]
+    assert [splits[s].pairs[0].image.parent.name for s in ("train", "val")] == ["drive1", "drive2"]
+
+
+def test_drives_that_are_called_as_a_split_hide_no_others(tmp_path):
+    for drive in ("drive1", "test"):
+        for folder in ("images", "masks"):
+            (tmp_path / folder / drive).mkdir(parents=True)
+            (tmp_path / folder / drive / "1.png").touch()
+    splits = find_splits(tmp_path)[1]
+    assert sum(len(split.pairs) for split in splits.values()) == 2
 
 
 def test_camvids_frames_are_divided_as_in_the_literature(tmp_path):

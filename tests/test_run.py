@@ -265,6 +265,14 @@ EXPORTS = {
         lambda ids: np.array([10, 0, 13, 255], np.uint8)[ids],
         None,
     ),
+    "Cityscapes, as downloaded": (
+        "leftImg8bit/{split}/aachen/{name}_leftImg8bit.png",
+        "gtFine/{split}/aachen/{name}_gtFine_color.png",
+        lambda ids: np.array([(70, 130, 180), (128, 64, 128), (0, 0, 142), (0, 0, 0)], np.uint8)[
+            ids
+        ],
+        None,
+    ),
 }
 
 
@@ -286,13 +294,23 @@ def test_an_export_trains_and_predicts_without_moving_a_file(tmp_path, call, too
     assert call("predict.py", "--image_dir", *images, "--no-overlay")[0] == 0
     found = {int(i) for path in tmp_path.glob("predictions/*.png") for i in np.unique(opened(path))}
     config = load(tmp_path, "best")["config"]["classes"]
-    if tool == "Cityscapes":
+    if tool.startswith("Cityscapes"):
         assert len(config["names"]) == 19 and config["names"][10] == "sky"
     else:
         assert found <= {0, 1, 2, 3}
         expected = ["sky", "road", "car", "pole"] if names else [f"class {i}" for i in range(4)]
         assert config["names"] == expected
     assert call("evaluate.py", "--data_root", "data")[0] == 0
+    if names:  # the same without the file of names, as on another machine
+        names_elsewhere = tmp_path / "elsewhere.txt"
+        (tmp_path / "data" / names[0]).rename(names_elsewhere)
+        assert call("evaluate.py", "--data_root", "data")[0] == 0
+
+
+def test_evaluation_reads_the_file_of_classes_that_the_training_read(scenes, tmp_path, train, call):
+    table = write_csv(tmp_path, dict(zip(["Void", *"abcdefghijk"], COLORS.values())))
+    train(f"--classes {table}")
+    assert call("evaluate.py", "--data_root", scenes)[0] == 0
 
 
 @pytest.mark.slow
