@@ -27,13 +27,8 @@ from support.files import make_folder, write_file
 def main(args) -> None:
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
-    for flag in ("data_name", "label_format", "num_classes", "val_percent"):
-        if getattr(args, flag) in (None, "auto") and flag in config["train"]:
-            setattr(args, flag, config["train"][flag])  # not given: as in the training
-    table = Path(config["train"].get("classes") or "")
-    if not args.classes and table.is_file():
-        args.classes = table
     args.split = split_name(args.split) or args.split
+    take_flags_of_training(args, config["train"])
     data = open_data(args, [args.split], config)
     classes = data.classes
     trained = config["classes"]
@@ -67,6 +62,16 @@ def main(args) -> None:
     if args.report:
         title = f"{args.checkpoint.stem} on {source}"
         print(f"wrote {report.write(args.report, title, scores)}")
+
+
+def take_flags_of_training(args, trained: dict) -> None:
+    """Set the flags of the data that are not given, as in the training."""
+    for flag in ("data_name", "label_format", "num_classes", "val_percent"):
+        if getattr(args, flag) in (None, "auto") and flag in trained:
+            setattr(args, flag, trained[flag])
+    table = Path(trained.get("classes") or "")
+    if not args.classes and table.is_file():
+        args.classes = table
 
 
 def write_metrics(path: Path, scores: dict, classes: ClassSet, images: int) -> None:

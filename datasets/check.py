@@ -68,7 +68,7 @@ def main(args) -> int:
     reports = data.check(labelled)
     first = next(iter(reports.values()))
     if first.sizes:
-        print(class_line(first, data.classes))
+        print(class_line(data, first))
     for report in reports.values():
         if report.sizes:
             print(summary(report, data.classes))

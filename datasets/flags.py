@@ -59,7 +59,7 @@ def open_data(
         raise UserError(*problems)
     for report in reports.values():
         print(f"{report.split}: {len(report.pairs)} images", *report.lines(), sep="\n")
-    print(class_line(reports[splits[0]], data.classes))
+    print(class_line(data, reports[splits[0]]))
     if data.value_range != FULL_RANGE:
         low, high = data.value_range
         print(f"16-bit images: values from {low} to {high} become 0 to 255")
@@ -174,8 +174,9 @@ def find_value_range(images: Sequence[Path]) -> tuple[int, int]:
     return (low, high) if low < high else FULL_RANGE
 
 
-def class_line(report: SplitReport, classes: ClassSet) -> str:
+def class_line(data: DataSpec, report: SplitReport) -> str:
     """The classes, where they come from, what masks hold, and the classes without a pixel."""
+    classes = data.classes
     ignored = ""
     if classes.ignore_index < len(classes):
         ignored = f" (+ {classes.names[classes.ignore_index]}, ignored)"
@@ -184,5 +185,5 @@ def class_line(report: SplitReport, classes: ClassSet) -> str:
         source = " without names (datasets.check --write_classes writes a table for them)"
     absent = [classes.names[i] for i in classes.scored if not report.pixels[i]]
     missing = f"; {report.split} has no pixel of {', '.join(absent)}" if absent else ""
-    masks = LABEL_FORMATS[report.label_format]
+    masks = LABEL_FORMATS[data.label_format]
     return f"classes: {len(classes.scored)}{ignored}{source}; masks of {masks}{missing}"

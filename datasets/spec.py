@@ -13,10 +13,9 @@ from PIL import Image
 
 from datasets.camvid import CamVidDataset, Sample
 from datasets.classes import ClassSet
-from datasets.layouts import VAL_PERCENT, Pair, Split, find_splits, mask_paths
-from datasets.masks import detect_format, find_stray, read_mask, survey_masks
+from datasets.layouts import VAL_PERCENT, Pair, Split, find_splits
+from datasets.masks import find_stray, read_mask
 from support.command import UserError, progress
-from support.files import every_nth
 from support.images import FULL_RANGE, open_image, shrink, to_array
 
 MAX_STRAY = 0.01  # share of a mask's pixels that may have an unknown colour; they are ignored
@@ -39,7 +38,6 @@ class SplitReport:
 
     split: str
     pairs: Sequence[Pair] = ()
-    label_format: str = "rgb"
     problems: list[str] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -74,7 +72,7 @@ class Reading(NamedTuple):
 class DataSpec:
     """A data folder and how to read it.
 
-    label_format: of `read_mask`, or ``auto``, which looks into the masks.
+    label_format: of `read_mask`.
     max_side: images with a longer side are shrunk to it, in pixels; 0 shrinks none.
     val_percent: percentage of the training images that become val, if there is none.
     value_range: of 16-bit images, which becomes 0 … 255.
@@ -83,7 +81,7 @@ class DataSpec:
 
     root: Path
     classes: ClassSet
-    label_format: str = "auto"
+    label_format: str = "rgb"
     max_side: int = 0
     val_percent: float = VAL_PERCENT
     value_range: tuple[int, int] = FULL_RANGE
@@ -93,16 +91,9 @@ class DataSpec:
     def splits(self) -> dict[str, Split]:
         return find_splits(self.root, self.val_percent)[1]
 
-    @cached_property
-    def mask_format(self) -> str:
-        """The label_format, where ``auto`` is decided by a sample of the masks."""
-        if self.label_format != "auto":
-            return self.label_format
-        return detect_format(survey_masks(every_nth(mask_paths(self.splits))), self.classes)
-
     def find(self, split: str) -> SplitReport:
         """The pairs of a split, and the problems of its files' names."""
-        report = SplitReport(split, label_format=self.mask_format)
+        report = SplitReport(split)
         found = self.splits.get(split)
         if found is None:
             report.problems.append(f"{self.root}: has no {split}, but {', '.join(self.splits)}")
@@ -140,7 +131,7 @@ class DataSpec:
         """Fill the report from its files; keep at most ``room`` bytes. Returns the bytes of all."""
         size = 0
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            readings = pool.map(lambda pair: self._read(pair, report.label_format), report.pairs)
+            readings = pool.map(self._read, report.pairs)
             bar = progress(readings, desc=f"reading {report.split}", total=len(report.pairs))
             for pair, reading in zip(report.pairs, bar):
                 if isinstance(reading, UserError):
@@ -171,19 +162,19 @@ class DataSpec:
                 f"{pair.mask}: {share:.1%} of its pixels are in none of the classes: {common}; "
                 f"complete the table of the classes, or check --label_format"
             )
-        elif report.label_format == "nearest":
+        elif self.label_format == "nearest":
             report.blended += stray.total()
         elif stray:
             report.stray[pair.mask.name] = stray.total()
 
-    def _read(self, pair: Pair, label_format: str) -> Reading | UserError:
+    def _read(self, pair: Pair) -> Reading | UserError:
         """A pair's image and class ids, and what is odd about them."""
         try:
             opened = open_image(pair.image)
             image = to_array(opened, pair.image, self.value_range)
-            ids = read_mask(pair.mask, self.classes, label_format)
+            ids = read_mask(pair.mask, self.classes, self.label_format)
             notes = describe_image(opened, ids.shape)
-            stray, blended = find_stray(pair.mask, self.classes, label_format, ids)
+            stray, blended = find_stray(pair.mask, self.classes, self.label_format, ids)
         except UserError as error:
             return error
         size = image.shape[:2]
@@ -203,7 +194,7 @@ class DataSpec:
         learnt = np.count_nonzero(train.pixels[self.classes.scored])
         if train.sizes and learnt < 2:
             problems.append(
-                f"{self.root}: the masks of train, read as {train.label_format}, hold {learnt} "
+                f"{self.root}: the masks of train, read as {self.label_format}, hold {learnt} "
                 f"classes that are not ignored, and two are needed; see --label_format"
             )
         return problems
@@ -217,7 +208,7 @@ class DataSpec:
             report.pairs,
             self.classes,
             transform,
-            report.label_format,
+            self.label_format,
             self.max_side,
             native_masks,
             self.value_range,
