@@ -178,6 +178,8 @@ def _read_csv(path: Path, lines: list[str]) -> list[Row]:
     columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or ()]
     rows = [(reader.line_num, {key: row[key].strip() for key in columns}) for row in reader]
     if {"name", "r", "g", "b"} <= set(columns):
+        if {row.get("id") for _, row in rows} == {str(i) for i in range(len(rows))}:
+            rows.sort(key=lambda row: int(row[1]["id"]))
         return [(line, row["name"], _color([row["r"], row["g"], row["b"]])) for line, row in rows]
     if {"pixel value", "class"} <= set(columns):
         by_value = {row["pixel value"]: (line, row["class"], None) for line, row in rows}

@@ -145,7 +145,9 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
     raise UserError(
         f"{args.data_root}: the colours of the masks are not CamVid's, and no file names the "
         f"classes; put these lines into {table}, with names of your own (python -m datasets.check "
-        f"--data_root {args.data_root} --write_classes does it):",
+        f"--data_root {args.data_root} --write_classes does it)"
+        + "; or add --label_format ids, if their values are class ids" * bool(survey.values)
+        + ":",
         *class_table(survey),
     )
 

@@ -1,6 +1,7 @@
 """From a data folder to pairs of image and mask for each split."""
 
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -20,13 +21,13 @@ class Layout(NamedTuple):
     SPLIT stands for the name of a split, | separates alternatives, and * is the name that an image
     shares with its mask, subfolders included. Names of folders are compared without case.
     class_set: key of CLASS_SETS, for data without a file that names the classes.
-    marker: a folder that must exist too.
+    image_name: pattern of the images' names, without their suffix.
     """
 
     images: str
     masks: str
     class_set: str = ""
-    marker: str = ""
+    image_name: str = ""
 
 
 # The first one by which a folder has pairs is taken.
@@ -41,19 +42,19 @@ LAYOUTS = (
     Layout("SPLIT/*", "SPLIT/*_mask"),
     # MMSegmentation, ADE20K, and folders of one's own
     Layout("images|imgs|img_dir/SPLIT/*", "masks|labels|annotations|ann_dir/SPLIT/*"),
-    Layout("SPLIT/images|imgs|image/*", "SPLIT/masks|labels|annotations|mask|label/*"),
+    Layout("SPLIT/images|imgs/*", "SPLIT/masks|labels|annotations/*"),
     Layout("images_prepped_SPLIT/*", "annotations_prepped_SPLIT/*"),
     # Pascal VOC 2012; CVAT's "Segmentation mask 1.1", labelme2voc
-    Layout("JPEGImages/*", "SegmentationClass/*", "voc", marker="Annotations"),
+    Layout("JPEGImages/*", "SegmentationClass/*", "voc", r"20\d\d_\d{6}"),
     Layout("JPEGImages/*", "SegmentationClass|SegmentationClassPNG/*"),
     # folders without splits; fast.ai's CamVid; CamVid's own two archives
     Layout("images|imgs/*", "masks|labels|annotations/*"),
     Layout("701_StillsRaw_full/*", "LabeledApproved_full/*"),
 )
 SPLIT_NAMES = {
-    "train": ("train", "training", "default"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "train2017", "default"),
+    "val": ("val", "valid", "validation", "val2017"),
+    "test": ("test", "testing", "test2017"),
 }
 # Where the name of an image ends in a line of a list.
 LIST_ENDING = "(?i)(?:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + r")(?:\s|$)"
@@ -97,11 +98,12 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     Raises UserError if the folder has none of the layouts.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+        raise UserError(f"{root}: is not a folder")
     found = match_layout(root)
     if found is None:
         if inner := inner_data(root):
-            raise UserError(f"{root}: the data is in {inner}; give that folder")
+            places = ", ".join(map(str, inner[:3])) + ", …" * (len(inner) > 3)
+            raise UserError(f"{root}: the data is in {places}; give that folder")
         raise UserError(
             f"{root}: no known layout: it holds {describe_folder(root)}. Read are train/ with "
             f"train_labels/, images/ with masks/, and what labelling tools export; all layouts "
@@ -115,10 +117,11 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     return layout, splits
 
 
-def inner_data(root: Path) -> Path | None:
-    """The first folder up to two levels below ``root`` that has a known layout."""
+def inner_data(root: Path) -> list[Path]:
+    """The folders up to two levels below ``root`` that have pairs in a known layout."""
     inner = sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
-    return next(filter(match_layout, inner), None)
+    matches = ((path, match_layout(path)) for path in inner)
+    return [path for path, match in matches if match and mask_paths(match[1])]
 
 
 def mask_paths(splits: dict[str, Split]) -> list[Path]:
@@ -129,7 +132,7 @@ def match_layout(root: Path) -> tuple[Layout, dict[str, Split]] | None:
     """The first layout by which a folder has training pairs, else any, and the splits it has."""
     other = None
     for layout in LAYOUTS:
-        splits = read_splits(root, layout) if (root / layout.marker).is_dir() else {}
+        splits = read_splits(root, layout)
         if "train" in splits and splits["train"].pairs:
             return layout, splits
         if any(split.pairs or split.problems for split in splits.values()):
@@ -144,9 +147,10 @@ def read_splits(root: Path, layout: Layout) -> dict[str, Split]:
     for split in names:
         for name in names[split]:
             image_dir, images = list_files(root, layout.images, name)
-            if images and split not in splits:
-                mask_dir, masks = list_files(root, layout.masks, name)
-                splits[split] = pair_files(layout, image_dir, images, mask_dir, masks)
+            if split in splits or not images or not re.match(layout.image_name, images[0].stem):
+                continue
+            mask_dir, masks = list_files(root, layout.masks, name)
+            splits[split] = pair_files(layout, image_dir, images, mask_dir, masks)
     return splits
 
 
@@ -160,10 +164,13 @@ def list_files(root: Path, pattern: str, split: str) -> tuple[Path, list[Path]]:
         inner = [path for path in entries if path.name.casefold() in names and path.is_dir()]
         folders = sorted(inner, key=lambda path: names.index(path.name.casefold()))
     for folder in folders:
+        walk = os.walk(folder, followlinks=True)
+        paths = sorted(Path(inner, name) for inner, _, names in walk for name in names)
         files = [
             path
-            for path in sorted(folder.rglob(f"{ending}.*"))
+            for path in paths
             if path.suffix.lower() in IMAGE_SUFFIXES
+            and path.stem.endswith(ending.removeprefix("*"))
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         ]
         if files:
@@ -189,9 +196,10 @@ def pair_files(
     for path in masks:
         name = shared_name(path, mask_dir)
         names = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
+        names += [name.rpartition("/")[2] for name in names]  # masks one folder deeper than images
         image_name = next((name for name in names if name in by_name), None)
         if image_name is None:
-            split.problems.append(f"{mask_dir.name}/{path.name}: has no image of the same name")
+            split.problems.append(f"{path}: has no image of the same name in {image_dir}")
         else:
             add_unique(mask_by_name, image_name, path, split.problems)
     for name, path in by_name.items():
@@ -206,7 +214,7 @@ def add_unique(paths: dict[str, Path], name: str, path: Path, problems: list[str
     other = paths.setdefault(name, path)
     if other != path:
         problems.append(
-            f"{path.parent.name}: {other.name} and {path.name} share the name {name}; keep one"
+            f"{path.parent}: {other.name} and {path.name} share the name {name}; keep one"
         )
 
 
@@ -233,13 +241,14 @@ def describe_folder(root: Path) -> str:
 
 def find_lists(root: Path) -> dict[str, set[str]]:
     """The images in a folder's lists of its splits, such as ImageSets/Segmentation/val.txt or
-    valid.txt: names without suffixes, with as many folders as the lists have.
+    valid.txt: names without suffixes, with the folders that the lists give.
     """
     lists: dict[str, set[str]] = {}
-    for path in sorted((*root.glob("ImageSets/Segmentation/*.txt"), *root.glob("*.txt"))):
+    folders = ("ImageSets/Segmentation", "ImageSets", "")
+    for path in (path for folder in folders for path in sorted((root / folder).glob("*.txt"))):
         split = split_name(path.stem)
         if split and split not in lists:
-            text = path.read_text(encoding="utf-8-sig", errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\\", "/")
             lines = unicodedata.normalize("NFC", text).splitlines()
             # A line may have the path of the mask too.
             names = (re.split(LIST_ENDING, line.strip(), maxsplit=1)[0] for line in lines)

@@ -232,9 +232,7 @@ def class_table(survey: Survey) -> list[str]:
     else:
         colors = survey.flat_colors()
         counts = [survey.colors[color] for color in colors]
-    if not colors:
-        raise UserError("there are no masks")
-    if len(colors) > MAX_COLORS:
+    if not 2 <= len(colors) <= MAX_COLORS:
         raise UserError(
             f"the masks hold {len(colors):,} colours; save them with one flat colour a class"
         )

@@ -112,8 +112,8 @@ class DataSpec:
                 + "; without this folder, val is held out of train"
                 * (split == "val")
             )
-        elif found.held_out and not found.pairs and self.splits["train"].pairs:
-            report.problems.append(f"{self.root}: one image cannot be divided into train and val")
+        elif not found.pairs and not found.problems:
+            report.problems.append(f"{self.root}: no images for {split}, by its lists or its size")
         return report
 
     def check(self, splits: Iterable[str]) -> dict[str, SplitReport]:
@@ -185,7 +185,10 @@ class DataSpec:
                 f"{pair.mask}: fits {pair.image.name} only without its EXIF orientation, which "
                 f"turns it; turn the mask too, or remove the tag from the image"
             )
-        return UserError(f"{pair.mask}: has (height, width) {ids.shape}, its image {size}")
+        return UserError(
+            f"{pair.mask}: has (height, width) {ids.shape}, its image {size}; resize the mask by "
+            f"nearest neighbour"
+        )
 
     def problems(self, reports: dict[str, SplitReport]) -> list[str]:
         """What is wrong with single files, then with the classes as a whole."""
@@ -223,6 +226,8 @@ def describe_image(image: Image.Image, mask_shape: tuple[int, int]) -> list[str]
     opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
     if bands > 3 and image.mode != "CMYK" and not opaque:
         notes.append(f"with {bands} channels, of which the first three are read, as RGB")
+    if image.info["pages"] > 1:
+        notes.append("with several pages, of which the first is read")
     quarter_turn = image.info["orientation"] > 4
     square = mask_shape[0] == mask_shape[1]
     if image.info["orientation"] > 1 and (square or not quarter_turn):

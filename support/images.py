@@ -30,7 +30,8 @@ def open_image(path: str | Path) -> Image.Image:
     """The decoded first frame of an image file, upright by its EXIF tag.
 
     ``info`` also records ``orientation``, the EXIF tag (1: upright, from 5: turned by 90°);
-    ``deep``, whether it has 16 bits a channel; ``bands``, the number of its channels.
+    ``deep``, whether it has 16 bits a channel; ``bands``, the number of its channels; ``pages`` of
+    a TIFF.
     Raises UserError if it cannot be read.
     """
     try:
@@ -40,6 +41,7 @@ def open_image(path: str | Path) -> Image.Image:
             image.info["deep"] = ";16" in f"{image.mode} {image.tile}"  # type: ignore[attr-defined]
             tags = getattr(image, "tag_v2", {})
             image.info["bands"] = tags.get(SAMPLES_PER_PIXEL, len(image.getbands()))
+            image.info["pages"] = image.n_frames if tags else 1  # type: ignore[attr-defined]
             image.load()
             image.info["orientation"] = 1
             with contextlib.suppress(Exception):  # broken EXIF data does not rotate an image

@@ -56,6 +56,7 @@ def test_colours_become_ids_and_back(classes):
         GARDEN.replace(",", " , "),
         GARDEN.replace("Void,0", '"Void", "0"'),
         "id,b,g,r,name\n7,0,200,0,Grass\n8,90,90,90,Stone\n9,0,0,0,Void",
+        "id,name,r,g,b\n2,Void,0,0,0\n0,Grass,0,200,0\n1,Stone,90,90,90\n",
     ],
 )
 def test_a_class_dict_may_be_written_in_several_ways(tmp_path, text):

@@ -1,6 +1,7 @@
 """Folder layouts: what people's folders hold is found as it lies, and split by video."""
 
 import itertools
+import shutil
 import unicodedata
 from argparse import Namespace
 from pathlib import Path
@@ -46,6 +47,8 @@ TREES = {
         "train val",
     ),
     "labelme": ("JPEGImages/{name}.jpg", "SegmentationClassPNG/{name}.png", ""),
+    "Oxford pets": ("images/{name}.jpg", "annotations/trimaps/{name}.png", ""),
+    "COCO-Stuff": ("images/{split}/{name}.jpg", "masks/{split}/{name}.png", "train2017 val2017"),
     "milesial": ("imgs/{name}.jpg", "masks/{name}_mask.gif", ""),
     "drives": ("images/drive 1/{name}.tiff", "masks/drive 1/{name}.bmp", ""),
     "CamVid's archives": ("701_StillsRaw_full/{name}.png", "LabeledApproved_full/{name}_L.png", ""),
@@ -86,6 +89,7 @@ def test_a_folder_of_a_common_tool_is_read_as_it_lies(tmp_path, tree):
             {"ImageSets/Segmentation/train": "a5\na7\n", "ImageSets/Segmentation/val": "a2"},
             ("57", "2"),
         ),
+        ({"ImageSets/val": "a2\na7\n"}, ("01345689", "27")),
         ({"valid": "a3.png\na4.png\n"}, ("01256789", "34")),
         ({"train": "/JPEGImages/a1.jpg x/a1_mask.png\n/JPEGImages/a3.jpg x/a3.png"}, ("13", "")),
     ],
@@ -153,6 +157,34 @@ def test_every_file_is_in_one_pair_or_named(tmp_path):
             assert paired.count(path) == 1 or named and path not in paired
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / "elsewhere" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "elsewhere" / folder / "1.png").touch()
+        (tmp_path / "data" / folder / "drive").symlink_to(tmp_path / "elsewhere" / folder)
+    assert len(find_splits(tmp_path / "data")[1]["train"].pairs) == 1
+
+
+@pytest.mark.parametrize("name, class_set", [("2007_00003{}", "voc"), ("frame{}", "")])
+def test_vocs_names_are_for_vocs_images_alone(tmp_path, name, class_set):
+    for i in range(3):
+        for place in ("JPEGImages/{}.jpg", "SegmentationClass/{}.png", "Annotations/{}.xml"):
+            path = tmp_path / place.format(name.format(i))
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    assert find_splits(tmp_path)[0].class_set == class_set
+
+
+def test_a_folder_may_have_test_alone(tmp_path, scenes, call):
+    for folder in ("test", "test_labels"):
+        shutil.copytree(scenes / folder, tmp_path / "data" / folder)
+    flags = ("--data_root", tmp_path / "data", "--data_name", "camvid")
+    assert call("datasets.check", *flags)[0] == 0
+    status, _, err = call("train.py", *flags)
+    assert status == 2 and "has no train" in err
+
+
 def test_names_are_compared_in_one_unicode_form(tmp_path):
     for folder, form in (("images", "NFC"), ("masks", "NFD")):
         (tmp_path / folder).mkdir()
@@ -165,6 +197,8 @@ def test_names_are_compared_in_one_unicode_form(tmp_path):
     [
         ("imgs/1.jpg mask/1.npy readme.txt", "imgs/ (1 .jpg), mask/ (1 .npy) and readme.txt"),
         ("archive/CamVid/train/1.png archive/CamVid/train_labels/1.png", "is in .*archive/CamVid;"),
+        ("seq1/images/1.png seq1/masks/1.png seq2/images/1.png seq2/masks/1.png", "seq1, .*seq2;"),
+        ("train/1/images/1.png train/1/masks/2.png", "no known layout"),
         ("", "nothing"),
     ],
 )
