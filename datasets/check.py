@@ -44,7 +44,8 @@ def write_classes(args) -> None:
     table = args.classes or args.data_root / "class_dict.csv"
     if table.exists():
         raise UserError(f"{table} exists already; remove it first")
-    text = "\n".join(class_table(survey_masks(mask_paths(find_splits(args.data_root)[1])))) + "\n"
+    survey = survey_masks(mask_paths(find_splits(args.data_root)[1]))
+    text = "\n".join(class_table(args.data_root, survey)) + "\n"
     write_file(table, lambda path: path.write_text(text))
     print(text, end="")
     print(f"wrote {table}; now name the classes in it, and name ignored classes Void")

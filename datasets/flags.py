@@ -148,7 +148,7 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
         f"--data_root {args.data_root} --write_classes does it)"
         + "; or add --label_format ids, if their values are class ids" * bool(survey.values)
         + ":",
-        *class_table(survey),
+        *class_table(args.data_root, survey),
     )
 
 

@@ -122,11 +122,17 @@ class Survey:
         )
 
     def class_ids(self) -> int:
-        """The number of classes if the masks hold ids, else 0. Few values far apart are colours."""
-        ids = [value for value in self.values if value != IGNORED]
+        """The number of classes if the masks surely hold ids, else 0.
+
+        Few values far apart are colours, and so is 255 where it is too frequent to be ignored.
+        """
+        ids = {value: count for value, count in self.values.items() if value != IGNORED}
         if self.palette or len(ids) < 2 or self.are_blended():
             return 0
-        return max(ids) + 1 if max(ids) < min(IGNORED, 4 * len(ids)) else 0
+        rest = sum(ids.values()) - max(ids.values())
+        if max(ids) >= min(IGNORED, 4 * len(ids)) or self.values[IGNORED] > rest:
+            return 0
+        return max(ids) + 1
 
 
 def packed(color: Any) -> Any:
@@ -220,11 +226,11 @@ def find_stray(
     return by_color, unknown.total() - stray.total()
 
 
-def class_table(survey: Survey) -> list[str]:
+def class_table(root: Path, survey: Survey) -> list[str]:
     """The lines of a class_dict.csv for the masks: their flat colours, the most frequent first, or
     the classes of their ids in Pascal VOC's colours.
 
-    Raises UserError if there are no masks, or no flat colours in them.
+    Raises UserError if there are no masks in ``root``, or no flat colours in them.
     """
     if count := survey.class_ids():
         colors = [packed(color) for color in ClassSet.numbered(count).colors]
@@ -234,7 +240,7 @@ def class_table(survey: Survey) -> list[str]:
         counts = [survey.colors[color] for color in colors]
     if not 2 <= len(colors) <= MAX_COLORS:
         raise UserError(
-            f"the masks hold {len(colors):,} colours; save them with one flat colour a class"
+            f"{root}: the masks hold {len(colors):,} colours; save them with a flat colour a class"
         )
     lines = ["name,r,g,b,pixels"]
     for i, (color, pixels) in enumerate(zip(colors, counts)):

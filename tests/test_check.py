@@ -132,7 +132,7 @@ def test_masks_that_are_not_camvids_need_a_table_which_is_printed(
 def test_photographs_are_no_masks(tmp_path):
     save_masks(tmp_path, [(i, 255 - i, 7) for i in range(192)])
     with pytest.raises(UserError, match="192 colours"):
-        class_table(survey_masks([tmp_path / "train_labels" / "photo.png"]))
+        class_table(tmp_path, survey_masks([tmp_path / "train_labels" / "photo.png"]))
 
 
 @pytest.mark.parametrize("turn, status, said", [(6, 1, "EXIF"), (3, 0, "EXIF"), (1, 0, "")])

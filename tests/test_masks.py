@@ -134,6 +134,16 @@ UNNAMED = {
 }
 
 
+def test_255_is_not_ignored_where_it_is_half_of_the_masks(tmp_path):
+    """Black and white with a stray pixel of 1."""
+    for i, path in enumerate(make_data(tmp_path, lambda ids: Image.fromarray(ids))):
+        mask = (draw(i) > 0) * np.uint8(255)
+        mask[0, 0] = 1
+        save(path, mask)
+    with pytest.raises(UserError, match="class_dict.csv"):
+        describe_data(Namespace(data_root=tmp_path, **FLAGS))
+
+
 @pytest.mark.parametrize("kind", UNNAMED)
 def test_without_names_classes_are_assumed_only_if_they_are_sure(tmp_path, kind):
     """The lines of the sentence are a table that can be pasted, and then the masks are read."""
