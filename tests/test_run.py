@@ -289,7 +289,7 @@ def test_an_export_trains_and_predicts_without_moving_a_file(tmp_path, call, too
             save(tmp_path / "data" / mask_place.format(split=split, name=name), paint(ids))
     if names:
         (tmp_path / "data" / names[0]).write_text(names[1])
-    assert call("train.py", "--data_root", "data", *SMALL, "--epochs", 8)[0] == 0
+    assert call("train.py", "--data_root", "data", *SMALL)[0] == 0
     images = (tmp_path / "data").glob(image_place.format(split="val", name="[ab]"))
     assert call("predict.py", "--image_dir", *images, "--no-overlay")[0] == 0
     found = {int(i) for path in tmp_path.glob("predictions/*.png") for i in np.unique(opened(path))}
