@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, PALETTE, REPO, SMALL, load, opened, rows, save, write_csv
+from conftest import COLORS, PALETTE, REPO, SMALL, load, make_pair, opened, rows, save, write_csv
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -305,6 +305,14 @@ def test_an_export_trains_and_predicts_without_moving_a_file(tmp_path, call, too
         names_elsewhere = tmp_path / "elsewhere.txt"
         (tmp_path / "data" / names[0]).rename(names_elsewhere)
         assert call("evaluate.py", "--data_root", "data")[0] == 0
+
+
+def test_small_crops_of_large_images_get_advice_which_helps(tmp_path, call):
+    for split in ("train", "val"):
+        make_pair(tmp_path / "data", "a", np.resize(np.arange(12), (64, 1600)), split)
+    command = ("train.py", "--data_root", "data", "--data_name", "camvid", *SMALL, "--epochs", 1)
+    assert "--max_side 960" in call(*command)[1]
+    assert "advice" not in call(*command, "--max_side", 960)[1]
 
 
 def test_evaluation_reads_the_file_of_classes_that_the_training_read(scenes, tmp_path, train, call):
