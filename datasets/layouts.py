@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     image_name: str = ""
 
 
-# The first one by which a folder has pairs is taken.
+# The first one by which a folder has training pairs is taken.
 LAYOUTS = (
     # Cityscapes; its scripts make labelTrainIds from the files of the download
     Layout("leftImg8bit/SPLIT/*_leftImg8bit", "gtFine/SPLIT/*_gtFine_labelTrainIds", "cityscapes"),
@@ -103,7 +103,7 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     if found is None:
         if inner := inner_data(root):
             places = ", ".join(map(str, inner[:3])) + ", …" * (len(inner) > 3)
-            raise UserError(f"{root}: the data is in {places}; give that folder")
+            raise UserError(f"{root}: the data is in {places}; give such a folder as --data_root")
         raise UserError(
             f"{root}: no known layout: it holds {describe_folder(root)}. Read are train/ with "
             f"train_labels/, images/ with masks/, and what labelling tools export; all layouts "
