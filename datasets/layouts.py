@@ -98,7 +98,7 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     Raises UserError if the folder has none of the layouts.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: is not a folder")
+        raise UserError(f"{root}: is not a folder" + "; unpack it first" * root.is_file())
     found = match_layout(root)
     if found is None:
         if inner := inner_data(root):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -19,7 +20,9 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints a mistake as one line without the usage block."""
+    """Prints a mistake as one line, accepts --batch-size for --batch_size, and names the flag that
+    is nearest to an unknown one.
+    """
 
     def __init__(self, **options):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -37,6 +40,21 @@ class Parser(argparse.ArgumentParser):
             else:
                 options["choices" if isinstance(kind, tuple) else "type"] = kind
             group.add_argument(*name.split(), **options)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        words = [self.spell(word) for word in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            near = get_close_matches(unknown[0], self._option_string_actions, n=1)
+            self.error(f"unknown: {' '.join(unknown)}" + "".join(f"; is {n} meant?" for n in near))
+        return parsed
+
+    def spell(self, word: str) -> str:
+        """A flag with underscores, if there is one."""
+        name, equals, value = word.partition("=")
+        underscored = name.replace("-", "_").replace("__", "--", 1)
+        flags = self._option_string_actions
+        return underscored + equals + value if name not in flags and underscored in flags else word
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -24,6 +24,13 @@ needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals
 FROM_THE_REPOSITORY = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
+def test_flags_may_have_hyphens_and_unknown_ones_name_the_nearest(call):
+    args = train.get_args_parser().parse_args(["--batch-size=3", "--val-every", "2"])
+    assert (args.batch_size, args.val_every) == (3, 2)
+    status, _, err = call("train.py", "--batchsize", 3)
+    assert status == 2 and "--batch_size" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_prints_how_to_continue(scenes, tmp_path, call, monkeypatch, number):
     """It is stopped in its second epoch."""

@@ -29,7 +29,7 @@ def add_recipe_flags(parser: Parser) -> None:
         ("--optimizer", ("sgd", "adamw"), "sgd", "SGD has Nesterov momentum"),
         ("--lr", positive, None, "learning rate; if not given, 0.1 for sgd, 0.001 for adamw"),
         ("--momentum", share, 0.9, "of sgd"),
-        ("--weight-decay --weight_decay", positive, 5e-4, "of convolutions"),
+        ("--weight_decay", positive, 5e-4, "of convolutions"),
         ("--scheduler", ("step", "onecycle"), None, SCHEDULER_HELP),
         ("--step_size", count, None, "epochs between drops; if not given, a third of all"),
         ("--gamma", positive, None, "factor of the drops; if not given, 0.2"),
