@@ -22,6 +22,7 @@ from output.report import Report, plain
 from support.command import Parser, UserError, number, run_command
 from support.device import loader_options
 from support.files import make_folder, write_file
+from support.images import limited_size
 
 
 def main(args) -> None:
@@ -52,7 +53,7 @@ def main(args) -> None:
     print(f"{args.checkpoint} on {source}, {len(dataset)} images, --tta {args.tta}")
     print(score_table(scores, classes.names, classes.ignore_index))
     sizes = data.reports[args.split].sizes.items()
-    shrunk = sum(count for size, count in sizes if 0 < args.max_side < max(size))
+    shrunk = sum(count for size, count in sizes if limited_size(size, args.max_side) != size)
     if shrunk:
         print(
             f"{shrunk} of them were shrunk to {args.max_side} pixels on the longer side; "

@@ -6,7 +6,7 @@ python -m datasets.check --data_root mydata --write_classes     then name the cl
 
 from datasets.classes import ClassSet
 from datasets.flags import add_data_flags, class_line, describe_data
-from datasets.layouts import Split, find_splits, mask_paths, standard_split
+from datasets.layouts import Split, all_pairs, find_splits, standard_split
 from datasets.masks import class_table, survey_masks
 from datasets.spec import SplitReport
 from support.command import Parser, UserError, run_command
@@ -44,7 +44,8 @@ def write_classes(args) -> None:
     table = args.classes or args.data_root / "class_dict.csv"
     if table.exists():
         raise UserError(f"{table} exists already; remove it first")
-    survey = survey_masks(mask_paths(find_splits(args.data_root)[1]))
+    splits = find_splits(args.data_root)[1]
+    survey = survey_masks(pair.mask for pair in all_pairs(splits))
     text = "\n".join(class_table(args.data_root, survey)) + "\n"
     write_file(table, lambda path: path.write_text(text))
     print(text, end="")

@@ -18,7 +18,14 @@ import torch
 from PIL import Image
 
 from datasets.classes import CAMVID
-from datasets.layouts import Pair, describe_folder, inner_data, match_layout, standard_split
+from datasets.layouts import (
+    Pair,
+    all_pairs,
+    describe_folder,
+    inner_data,
+    match_layout,
+    standard_split,
+)
 from datasets.masks import detect_format, read_mask, survey_masks
 from support.command import Parser, UserError, progress, run_command
 from support.files import atomic_folder
@@ -42,7 +49,7 @@ def find_frames(unpacked: Path) -> list[Pair]:
     """
     for root in (unpacked, *inner_data(unpacked)):
         if match := match_layout(root):
-            return [pair for split in match[1].values() for pair in split.pairs]
+            return all_pairs(match[1])
     raise UserError(
         f"--from: no images with masks, but {describe_folder(unpacked)}; of the archives of "
         f"CamVid's own site give both, 701_StillsRaw_full.zip and LabeledApproved_full.zip"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.classes import CAMVID, CLASS_FILES, CLASS_SETS, IGNORED, ClassSet
-from datasets.layouts import VAL_PERCENT, Split, find_splits, mask_paths, standard_split
+from datasets.layouts import VAL_PERCENT, Split, all_pairs, find_splits, standard_split
 from datasets.masks import Survey, class_table, detect_format, packed, survey_masks
 from datasets.spec import DataSpec, SplitReport
 from support.command import Parser, UserError, number
@@ -78,9 +78,10 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     root = args.data_root
     if root is None:
         raise UserError("--data_root DIR is needed, a folder with train/ (or try train.py --demo)")
-    val_percent = args.val_percent or VAL_PERCENT
-    layout, splits = find_splits(root, val_percent)
-    sample = survey_masks(every_nth(mask_paths(splits)))
+    layout, splits = find_splits(root, args.val_percent or VAL_PERCENT)
+    pairs = all_pairs(splits)
+    masks = [pair.mask for pair in pairs]
+    sample = survey_masks(every_nth(masks))
     table = args.classes or class_file(root, splits)
     if args.data_name != "auto":
         classes = CLASS_SETS[args.data_name]
@@ -91,7 +92,7 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     elif layout.class_set:
         classes = CLASS_SETS[layout.class_set]
     else:
-        classes = guess_classes(args, mask_paths(splits), sample)
+        classes = guess_classes(args, masks, sample)
     if args.num_classes not in (None, len(classes)):
         raise UserError(
             f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
@@ -100,11 +101,11 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     label_format = args.label_format
     if label_format == "auto":
         label_format = detect_format(sample, classes)
-    value_range = trained and trained["value_range"]
-    if not value_range:
-        pairs = [pair for split in splits.values() for pair in split.pairs]
+    if trained:
+        value_range = trained["value_range"]
+    else:
         value_range = find_value_range([pair.image for pair in pairs])
-    return DataSpec(root, classes, label_format, args.max_side or 0, val_percent, value_range)
+    return DataSpec(root, classes, label_format, args.max_side or 0, value_range, splits)
 
 
 def with_aliases(trained: ClassSet) -> ClassSet:
@@ -142,12 +143,11 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
     if count:
         return ClassSet.numbered(max(count, args.num_classes or 0))
     table = args.data_root / "class_dict.csv"
+    ids = "; or add --label_format ids, if their values are class ids" if survey.values else ""
     raise UserError(
         f"{args.data_root}: the colours of the masks are not CamVid's, and no file names the "
         f"classes; put these lines into {table}, with names of your own (python -m datasets.check "
-        f"--data_root {args.data_root} --write_classes does it)"
-        + "; or add --label_format ids, if their values are class ids" * bool(survey.values)
-        + ":",
+        f"--data_root {args.data_root} --write_classes does it){ids}:",
         *class_table(args.data_root, survey),
     )
 

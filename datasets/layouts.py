@@ -98,7 +98,8 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     Raises UserError if the folder has none of the layouts.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: is not a folder" + "; unpack it first" * root.is_file())
+        remedy = "; unpack it first" if root.is_file() else ""
+        raise UserError(f"{root}: is not a folder{remedy}")
     found = match_layout(root)
     if found is None:
         if inner := inner_data(root):
@@ -121,11 +122,11 @@ def inner_data(root: Path) -> list[Path]:
     """The folders up to two levels below ``root`` that have pairs in a known layout."""
     inner = sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
     matches = ((path, match_layout(path)) for path in inner)
-    return [path for path, match in matches if match and mask_paths(match[1])]
+    return [path for path, match in matches if match and all_pairs(match[1])]
 
 
-def mask_paths(splits: dict[str, Split]) -> list[Path]:
-    return [pair.mask for split in splits.values() for pair in split.pairs]
+def all_pairs(splits: dict[str, Split]) -> list[Pair]:
+    return [pair for split in splits.values() for pair in split.pairs]
 
 
 def match_layout(root: Path) -> tuple[Layout, dict[str, Split]] | None:
@@ -147,10 +148,10 @@ def read_splits(root: Path, layout: Layout) -> dict[str, Split]:
     for split in names:
         for name in names[split]:
             image_dir, images = list_files(root, layout.images, name)
-            if split in splits or not images or not re.match(layout.image_name, images[0].stem):
-                continue
-            mask_dir, masks = list_files(root, layout.masks, name)
-            splits[split] = pair_files(layout, image_dir, images, mask_dir, masks)
+            if images and re.match(layout.image_name, images[0].stem):
+                mask_dir, masks = list_files(root, layout.masks, name)
+                splits[split] = pair_files(layout, image_dir, images, mask_dir, masks)
+                break
     return splits
 
 

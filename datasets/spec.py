@@ -13,7 +13,7 @@ from PIL import Image
 
 from datasets.camvid import CamVidDataset, Sample
 from datasets.classes import ClassSet
-from datasets.layouts import VAL_PERCENT, Pair, Split, find_splits
+from datasets.layouts import Pair, Split, find_splits
 from datasets.masks import find_stray, read_mask
 from support.command import UserError, progress
 from support.images import FULL_RANGE, open_image, shrink, to_array
@@ -74,8 +74,8 @@ class DataSpec:
 
     label_format: of `read_mask`.
     max_side: images with a longer side are shrunk to it, in pixels; 0 shrinks none.
-    val_percent: percentage of the training images that become val, if there is none.
     value_range: of 16-bit images, which becomes 0 … 255.
+    found: the files of each split, if `find_splits` has found them already.
     reports: of the splits that have been checked.
     """
 
@@ -83,13 +83,13 @@ class DataSpec:
     classes: ClassSet
     label_format: str = "rgb"
     max_side: int = 0
-    val_percent: float = VAL_PERCENT
     value_range: tuple[int, int] = FULL_RANGE
+    found: dict[str, Split] | None = field(default=None, compare=False)
     reports: dict[str, SplitReport] = field(default_factory=dict, compare=False)
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        return find_splits(self.root, self.val_percent)[1]
+        return self.found or find_splits(self.root)[1]
 
     def find(self, split: str) -> SplitReport:
         """The pairs of a split, and the problems of its files' names."""
@@ -106,11 +106,10 @@ class DataSpec:
             report.notes["without a mask, left out"] = len(found.unlabelled)
         if found.unlabelled and not found.pairs:
             image = found.unlabelled[0]
+            remedy = "; without this folder, val is held out of train" if split == "val" else ""
             report.problems.append(
                 f"{self.root}: none of the {len(found.unlabelled)} images of {split} has a mask "
-                f"of the same name, such as {image.parent.name}/{image.name}"
-                + "; without this folder, val is held out of train"
-                * (split == "val")
+                f"of the same name, such as {image.parent.name}/{image.name}{remedy}"
             )
         elif not found.pairs and not found.problems:
             report.problems.append(f"{self.root}: no images for {split}, by its lists or its size")

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
                 options["action"] = "store_true"
             else:
                 options["choices" if isinstance(kind, tuple) else "type"] = kind
-            group.add_argument(*name.split(), **options)
+            group.add_argument(name, **options)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = [self.spell(word) for word in (sys.argv[1:] if args is None else args)]
@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         underscored = name.replace("-", "_").replace("__", "--", 1)
         flags = self._option_string_actions
-        return underscored + equals + value if name not in flags and underscored in flags else word
+        if name in flags or underscored not in flags:
+            return word
+        return underscored + equals + value
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

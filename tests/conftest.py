@@ -18,6 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.check import get_args_parser
+from datasets.flags import describe_data
+from datasets.spec import DataSpec
 from datasets.synthetic import generate_dataset
 from support.command import run_command
 
@@ -107,6 +110,11 @@ def write_csv(root: Path, colors: dict[str, tuple[int, int, int]]) -> Path:
     path = root / "class_dict.csv"
     path.write_text("name,r,g,b\n" + "".join(lines))
     return path
+
+
+def describe(root: Path, *flags: str) -> DataSpec:
+    """The data as a command describes it that has these flags."""
+    return describe_data(get_args_parser().parse_args(["--data_root", str(root), *flags]))
 
 
 def load(folder: Path, kind: str = "last") -> dict:

@@ -6,6 +6,7 @@ from conftest import COLORS, PALETTE, SMALL, compare_per_class, make_pair, opene
 from PIL import Image
 
 from datasets.classes import CAMVID, ClassSet
+from datasets.layouts import find_splits
 from datasets.masks import class_table, survey_masks
 from datasets.spec import DataSpec
 from support.command import UserError
@@ -69,7 +70,7 @@ def test_up_to_one_percent_of_stray_pixels_is_ignored(tmp_path):
         colors = PALETTE[ids]
         colors[0, :count] = (1, 2, 3)
         save(make_pair(tmp_path, stem, ids)[1], colors)
-    data = DataSpec(tmp_path, CAMVID, val_percent=0)
+    data = DataSpec(tmp_path, CAMVID, found=find_splits(tmp_path, 0)[1])
     report = data.check(["train"])["train"]
     [problem] = report.problems
     assert "blotted.png" in problem and "(1, 2, 3) × 5" in problem

@@ -13,11 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import code_blocks, save
+from conftest import code_blocks, describe, save
 from PIL import Image
-
-from datasets.check import get_args_parser
-from datasets.flags import describe_data
 
 STEMS = [f"{number:02}" for number in range(12)]
 SIZE = {"height": 72, "width": 96}
@@ -112,7 +109,7 @@ def test_the_page_converts_what_a_labelling_tool_exports(tmp_path, call, source)
     subprocess.run([sys.executable, *args], cwd=tmp_path, check=True)
     status, out, err = call("datasets.check", "--data_root", tmp_path / "mydata")
     assert status == 0 and "train: 10 pairs" in out and "val: 2 pairs" in out, out + err
-    data = describe_data(get_args_parser().parse_args(["--data_root", f"{tmp_path}/mydata"]))
+    data = describe(tmp_path / "mydata")
     assert [name.strip("_") for name in data.classes.names] == ["background", "road", "car"]
     for dataset in map(data.dataset, data.splits):
         for i, pair in enumerate(dataset.pairs):

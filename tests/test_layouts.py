@@ -3,16 +3,14 @@
 import itertools
 import shutil
 import unicodedata
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLORS, COLORS32, MERGED, PALETTE, save, write_csv
+from conftest import COLORS, COLORS32, MERGED, PALETTE, describe, save, write_csv
 from PIL import Image
 
 from datasets.classes import CAMVID, ClassSet
-from datasets.flags import describe_data
 from datasets.layouts import find_splits
 from support.command import UserError
 
@@ -247,18 +245,16 @@ def with_palette(ids: np.ndarray) -> Image.Image:
 
 # The masks' folder, what is in them, the colours of class_dict.csv, the flags.
 COPIES = {
-    "12 colours": ("{}_labels", PALETTE.__getitem__, None, {}),
-    "32 colours": ("{}_labels", in_32_colors, COLORS32, {}),
-    "segnet": ("{}annot", as_segnet, None, {"data_name": "camvid"}),
-    "own colours": ("{}_labels", OWN_PALETTE.__getitem__, OWN, {}),
-    "own palette": ("{}_labels", with_palette, OWN, {}),
-    "own ids": ("{}_labels", np.uint8, None, {"num_classes": 12, "label_format": "ids"}),
-    "own ids, named": ("{}annot", np.uint8, OWN, {}),
-    "own ids, 16 bits": ("{}_labels", np.uint16, OWN, {}),
-    "own ids, RGB": ("{}annot", lambda ids: np.dstack([np.uint8(ids)] * 3), OWN, {}),
+    "12 colours": ("{}_labels", PALETTE.__getitem__, None, ""),
+    "32 colours": ("{}_labels", in_32_colors, COLORS32, ""),
+    "segnet": ("{}annot", as_segnet, None, "--data_name camvid"),
+    "own colours": ("{}_labels", OWN_PALETTE.__getitem__, OWN, ""),
+    "own palette": ("{}_labels", with_palette, OWN, ""),
+    "own ids": ("{}_labels", np.uint8, None, "--num_classes 12 --label_format ids"),
+    "own ids, named": ("{}annot", np.uint8, OWN, ""),
+    "own ids, 16 bits": ("{}_labels", np.uint16, OWN, ""),
+    "own ids, RGB": ("{}annot", lambda ids: np.dstack([np.uint8(ids)] * 3), OWN, ""),
 }
-FLAGS = {"data_name": "auto", "label_format": "auto", "classes": None, "num_classes": None}
-FLAGS |= {"val_percent": None, "max_side": 0}
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -273,7 +269,7 @@ def test_every_copy_gives_the_same_samples(tmp_path, frames, copy):
             mask.save(tmp_path / folder.format(split) / f"{stem}.png", compress_level=1)
     if table:
         write_csv(tmp_path, table)
-    data = describe_data(Namespace(data_root=tmp_path, **FLAGS | flags))
+    data = describe(tmp_path, *flags.split())
     assert (data.classes == CAMVID) == (not copy.startswith("own"))
     assert not data.problems(data.check(frames))
     for split, samples in frames.items():
@@ -294,5 +290,5 @@ def test_ids_in_annot_are_segnets_for_camvids_frames_alone(tmp_path, stem, expec
     for i in range(3):
         save(tmp_path / "train" / f"{stem.format(i)}.png", np.dstack([ids] * 3))
         save(tmp_path / "trainannot" / f"{stem.format(i)}.png", ids)
-    data = describe_data(Namespace(data_root=tmp_path, **FLAGS))
+    data = describe(tmp_path)
     assert data.classes == expected

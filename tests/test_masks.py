@@ -1,20 +1,16 @@
 """What masks hold: colours, blends of them, or ids; and the classes if no file names them."""
 
 import io
-from argparse import Namespace
 
 import numpy as np
 import pytest
-from conftest import PALETTE, opened, save, write_csv
+from conftest import PALETTE, describe, opened, save, write_csv
 from PIL import Image
 
 from datasets.classes import CAMVID, ClassSet
-from datasets.flags import describe_data
 from datasets.masks import detect_format, find_stray, read_mask, survey_masks
 from support.command import UserError
 
-FLAGS = {"data_name": "auto", "label_format": "auto", "classes": None, "num_classes": None}
-FLAGS |= {"val_percent": None, "max_side": 0}
 THREE = {"sky": (0, 0, 0), "road": (128, 64, 128), "car": (64, 0, 128)}
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -108,7 +104,7 @@ def test_masks_are_ids_only_if_colours_do_not_explain_them(tmp_path):
     assert detect_format(survey_masks([tmp_path / "palette.png"]), classes) == "rgb"
 
 
-# What the masks of images without a table hold -> the classes, or None for a sentence with a table.
+# What the masks of images without a table hold -> the classes, or the rows of the table to paste.
 UNNAMED = {
     "ids": (lambda ids: Image.fromarray(ids), ClassSet.numbered(3)),
     "ids from 1": (lambda ids: Image.fromarray(ids + 1), ClassSet.numbered(4)),
@@ -125,12 +121,12 @@ UNNAMED = {
         lambda ids: Image.fromarray(PALETTE[np.arange(ids.size).reshape(ids.shape) // 900]),
         CAMVID,
     ),
-    "few of CamVid": (lambda ids: Image.fromarray(PALETTE[ids]), None),
-    "own colours": (lambda ids: colored(ids, [BLACK, WHITE, (255, 0, 0)]), None),
-    "black and white": (lambda ids: Image.fromarray((ids > 0) * np.uint8(255)), None),
-    "grey colours": (lambda ids: Image.fromarray(ids * np.uint8(100)), None),
-    "soft edges": (lambda ids: softened(Image.fromarray((ids > 0) * np.uint8(255))), None),
-    "palette": (lambda ids: Image.fromarray(ids).convert("P"), None),
+    "few of CamVid": (lambda ids: Image.fromarray(PALETTE[ids]), 3),
+    "own colours": (lambda ids: colored(ids, [BLACK, WHITE, (255, 0, 0)]), 3),
+    "black and white": (lambda ids: Image.fromarray((ids > 0) * np.uint8(255)), 2),
+    "grey colours": (lambda ids: Image.fromarray(ids * np.uint8(100)), 3),
+    "soft edges": (lambda ids: softened(Image.fromarray((ids > 0) * np.uint8(255))), 2),
+    "palette": (lambda ids: Image.fromarray(ids).convert("P"), 3),
 }
 
 
@@ -141,7 +137,7 @@ def test_255_is_not_ignored_where_it_is_half_of_the_masks(tmp_path):
         mask[0, 0] = 1
         save(path, mask)
     with pytest.raises(UserError, match="class_dict.csv"):
-        describe_data(Namespace(data_root=tmp_path, **FLAGS))
+        describe(tmp_path)
 
 
 @pytest.mark.parametrize("kind", UNNAMED)
@@ -149,19 +145,17 @@ def test_without_names_classes_are_assumed_only_if_they_are_sure(tmp_path, kind)
     """The lines of the sentence are a table that can be pasted, and then the masks are read."""
     paint, expected = UNNAMED[kind]
     make_data(tmp_path, paint)
-    args = Namespace(data_root=tmp_path, **FLAGS)
-    if expected is not None:
-        assert describe_data(args).classes == expected
+    if isinstance(expected, ClassSet):
+        assert describe(tmp_path).classes == expected
         return
     with pytest.raises(UserError) as error:
-        describe_data(args)
+        describe(tmp_path)
     _, *lines = map(str.strip, str(error.value).splitlines())
     (tmp_path / "class_dict.csv").write_text("\n".join(lines))
-    data = describe_data(args)
+    data = describe(tmp_path)
     reports = data.check(["train", "val"])
     assert not data.problems(reports)
-    flat = {2: "black and white soft edges"}.get(len(data.classes), "")
-    assert len(data.classes) == (2 if kind in flat else 3)
+    assert len(data.classes) == expected
 
 
 def test_a_table_of_ids_masks_can_be_written_and_named(tmp_path, call):
@@ -169,7 +163,7 @@ def test_a_table_of_ids_masks_can_be_written_and_named(tmp_path, call):
     assert call("datasets.check", "--data_root", tmp_path, "--write_classes")[0] == 0
     table = tmp_path / "class_dict.csv"
     table.write_text(table.read_text().replace("class 2", "car"))
-    data = describe_data(Namespace(data_root=tmp_path, **FLAGS))
+    data = describe(tmp_path)
     assert data.classes.names == ("Background", "class 1", "car")
     np.testing.assert_array_equal(data.dataset("train")[0][1], draw(0))
 
