@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim
 
 from inference.checkpoints import default_checkpoint, load_model, release
 from inference.predictor import CHECKPOINT_HELP, MAX_SIDE_HELP, fold_batch_norm
@@ -80,7 +79,7 @@ def write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> None
 
     photos = isinstance(network, FromPhotos)
     axes = ("batch", "height", "width", None) if photos else ("batch", None, "height", "width")
-    dynamic = {i: Dim(axis, min=1, max=1 << 15) for i, axis in enumerate(axes) if axis}
+    dynamic = {i: axis for i, axis in enumerate(axes) if axis}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):  # on the exporter's internals
         program: Any = torch.onnx.export(

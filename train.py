@@ -19,7 +19,7 @@ from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
 from inference.checkpoints import load_checkpoint, load_model
 from inference.predictor import validate
-from model import MODEL_NAMES
+from model import MODEL_NAMES, normalization
 from support.command import Parser, UserError, number, run_command
 from support.device import add_device_flags, loader_options, select_device, set_deterministic
 from training import distributed
@@ -43,8 +43,9 @@ def main(args) -> None:
     device = select_device(distributed.start_processes(args.device))
     set_deterministic(args.deterministic)
     data = distributed.from_main_process(lambda: prepare_data(args))
-    train_loader, val_loader = build_loaders(args, data, device)
-    trainer = Trainer(args, data, device, steps_per_epoch=len(train_loader))
+    normalize = checkpoint["config"]["normalize"] if checkpoint else normalization(args.model)
+    train_loader, val_loader = build_loaders(args, data, device, normalize)
+    trainer = Trainer(args, data, device, normalize, steps_per_epoch=len(train_loader))
     print_network(trainer)
     with Run(args, data, trainer, checkpoint) as run:  # resumes, or archives a previous run
         for epoch in range(run.epoch + 1, args.epochs + 1):
@@ -103,12 +104,16 @@ def prepare_data(args) -> DataSpec:
     return data
 
 
-def build_loaders(args, data: DataSpec, device: torch.device) -> tuple[DataLoader, DataLoader]:
+def build_loaders(
+    args, data: DataSpec, device: torch.device, normalize: dict
+) -> tuple[DataLoader, DataLoader]:
     """The loaders of training and of validation; under torchrun, each process has its share."""
     rank, processes = distributed.rank(), distributed.world_size()
-    transform = train_transform(args.crop_size, data.classes.ignore_index, args.scale, args.jitter)
+    transform = train_transform(
+        args.crop_size, data.classes.ignore_index, **normalize, scale=args.scale, jitter=args.jitter
+    )
     train_set = data.dataset("train", transform)
-    val_set = data.dataset("val", eval_transform(), native_masks=True)
+    val_set = data.dataset("val", eval_transform(**normalize), native_masks=True)
     options = loader_options(device, args.workers)
     options["persistent_workers"] = options["num_workers"] > 0
     sampler = EpochSampler(len(train_set), args.seed, rank, processes)
@@ -130,12 +135,12 @@ def print_network(trainer: Trainer) -> None:
 def get_args_parser() -> Parser:
     parser = Parser(prog="train.py", description=__doc__)
     add_data_flags(parser)
-    width_help = "channels at full size; if not given, 64, or 16 for ResNets"
+    width_help = "channels at full size; if not given, 64, or 16 with another encoder"
     parser.add_flags(
         "model",
         ("--model", MODEL_NAMES, None, "network; if not given, unet"),
         ("--width", number(int, 1), None, width_help),
-        ("--pretrained", bool, False, "start a ResNet encoder from ImageNet weights"),
+        ("--pretrained", bool, False, "start the encoder from ImageNet weights"),
     )
     add_recipe_flags(parser)
     parser.add_flags(

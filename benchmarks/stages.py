@@ -19,7 +19,7 @@ from datasets.synthetic import generate_scene
 from datasets.transforms import train_transform
 from inference.checkpoints import SHIPPED, load_checkpoint, load_predictor
 from metric import SegmentationMetric
-from model import build_model
+from model import build_model, normalization
 from support.device import select_amp_dtype
 from training.recipe import resolve_recipe
 from training.trainer import Trainer
@@ -40,7 +40,7 @@ def masks(args) -> Iterator[Row]:
 
 
 def items(args) -> Iterator[Row]:
-    transform = train_transform((224, 224), CAMVID.ignore_index)
+    transform = train_transform((224, 224), CAMVID.ignore_index, **normalization("unet"))
     decoded = checked_data(args.data_root).dataset("train", transform)
     dataset = DataSpec(args.data_root, CAMVID).dataset("train", transform)
     plain = references.PlainDataset(dataset.pairs)
@@ -88,7 +88,8 @@ def our_steps(args, batches: list, *flags: str) -> Callable:
     """The training of this repository with train.py's defaults and ``flags``, over batches."""
     recipe = train.get_args_parser().parse_args(flags)
     resolve_recipe(recipe)
-    trainer = Trainer(recipe, checked_data(args.data_root), DEVICE, len(batches))
+    data = checked_data(args.data_root)
+    trainer = Trainer(recipe, data, DEVICE, normalization(recipe.model), len(batches))
     return lambda: trainer.train_one_epoch(batches)
 
 

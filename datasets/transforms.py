@@ -10,9 +10,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 # Data loader workers run in parallel already; further threads would slow down the network.
 cv2.setNumThreads(0)
 
@@ -20,6 +17,8 @@ cv2.setNumThreads(0)
 def train_transform(
     crop_size: tuple[int, int],
     ignore_index: int,
+    mean: Sequence[float],
+    std: Sequence[float],
     scale: tuple[float, float] = (0.4, 1.2),
     jitter: float = 0.4,
 ) -> A.Compose:
@@ -27,14 +26,12 @@ def train_transform(
     (H, W, 3) uint8, (H, W) uint8 -> (3, h, w) float32, (h, w) uint8.
 
     crop_size: (height, width) in pixels; smaller images are padded with the mean colour, their
-    masks with ``ignore_index``. scale: lowest and highest factor for both sides.
+    masks with ``ignore_index``. mean, std: of the channels, for images in 0 … 1.
+    scale: lowest and highest factor for both sides.
     jitter: of `color_augmentation`; 0 disables it.
     There is no vertical flip: streets are upright.
     """
-    padding: dict = {
-        "fill": [round(255 * mean) for mean in IMAGENET_MEAN],
-        "fill_mask": ignore_index,
-    }
+    padding: dict = {"fill": [round(255 * value) for value in mean], "fill_mask": ignore_index}
     least = math.ceil(1 / scale[0])  # pixels of which one remains at the lowest scale
     return A.Compose(
         [
@@ -50,7 +47,7 @@ def train_transform(
             A.RandomCrop(*crop_size, pad_if_needed=True, pad_position="random", **padding),
             A.HorizontalFlip(p=0.5),
             A.Sequential(color_augmentation(jitter), p=0.5 if jitter else 0),
-            A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            A.Normalize(mean, std),
             A.ToTensorV2(),
         ]
     )
@@ -75,8 +72,6 @@ def color_augmentation(jitter: float) -> list[A.ImageOnlyTransform]:
     ]
 
 
-def eval_transform(
-    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> A.Compose:
+def eval_transform(mean: Sequence[float], std: Sequence[float]) -> A.Compose:
     """Normalisation alone: (H, W, 3) uint8, (H', W') uint8 -> (3, H, W) float32, (H', W') uint8."""
     return A.Compose([A.Normalize(mean, std), A.ToTensorV2()], is_check_shapes=False)

@@ -15,6 +15,7 @@ from datasets.classes import CAMVID, ClassSet
 from datasets.layouts import Pair
 from datasets.spec import DataSpec
 from datasets.transforms import train_transform
+from model import normalization
 from support.command import UserError
 from support.images import shrink
 
@@ -22,7 +23,9 @@ from support.images import shrink
 @pytest.fixture
 def augmented(scenes) -> CamVidDataset:
     """The four training scenes, augmented."""
-    return DataSpec(scenes, CAMVID).dataset("train", train_transform((40, 56), 0))
+    return DataSpec(scenes, CAMVID).dataset(
+        "train", train_transform((40, 56), 0, **normalization("unet"))
+    )
 
 
 @pytest.mark.parametrize(

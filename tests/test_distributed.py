@@ -13,6 +13,7 @@ from datasets.camvid import EpochSampler
 from datasets.flags import open_data
 from datasets.synthetic import generate_dataset
 from datasets.transforms import train_transform
+from model import normalization
 from train import get_args_parser
 from training.recipe import resolve_recipe
 from training.trainer import Trainer
@@ -52,8 +53,12 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, one_thread):
     args.resume = None
     resolve_recipe(args)
     data = open_data(args)
-    dataset = data.dataset("train", train_transform(args.crop_size, 0, args.scale, args.jitter))
-    alone = Trainer(args, data, torch.device("cpu"), steps_per_epoch=2)
+    normalize = normalization(args.model)
+    transform = train_transform(
+        args.crop_size, 0, **normalize, scale=args.scale, jitter=args.jitter
+    )
+    dataset = data.dataset("train", transform)
+    alone = Trainer(args, data, torch.device("cpu"), normalize, steps_per_epoch=2)
     alone.model.train()
     samplers = [EpochSampler(8, args.seed, rank, 2) for rank in range(2)]
     for epoch in (1, 2):

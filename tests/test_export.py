@@ -11,8 +11,10 @@ from conftest import REPO, TURNED, code_blocks, opened
 from PIL import Image
 
 from datasets.synthetic import generate_scene
-from export import FromPhotos, check_onnx, example, export_onnx
+from export import FromPhotos, check_onnx, example, export_onnx, write_onnx
 from inference.checkpoints import SHIPPED, load_model, load_predictor, release
+from inference.predictor import fold_batch_norm
+from model import build_model
 from support.images import read_image
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -86,6 +88,14 @@ def test_the_file_of_another_network_is_refused(tmp_path):
     model.classifier.bias.data[3] += 0.01
     with pytest.raises(RuntimeError):
         check_onnx(model, tmp_path / "logits.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet_lite0", "unet_resnet18"])
+def test_networks_with_other_encoders_are_exported(name, tmp_path):
+    network = fold_batch_norm(build_model(name, 12, width=4))
+    write_onnx(network, tmp_path / "model.onnx", {})
+    assert check_onnx(network, tmp_path / "model.onnx") < 1e-4
 
 
 def test_half_precision_predicts_the_same_without_this_machines_paths(trained, scenes, tmp_path):

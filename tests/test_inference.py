@@ -10,11 +10,12 @@ from PIL import Image
 from torch import nn
 
 from datasets.classes import ClassSet
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from inference.checkpoints import SHIPPED, load_predictor
 from inference.predictor import Predictor, fold_batch_norm
-from model import MODEL_NAMES, build_model
+from model import MODEL_NAMES, build_model, normalization
 from support.command import UserError
+
+MEAN, STD = normalization("unet").values()
 
 
 def random_predictor(ignored=0, **options):
@@ -25,7 +26,7 @@ def random_predictor(ignored=0, **options):
         model.train()(torch.randn(2, 3, 32, 32))
         model.classifier.weight.mul_(3)
     classes = replace(ClassSet.numbered(5), ignore_index=ignored)
-    return Predictor(model, classes, IMAGENET_MEAN, IMAGENET_STD, **options)
+    return Predictor(model, classes, MEAN, STD, **options)
 
 
 @pytest.mark.parametrize("ignored", [0, 3, 255])
@@ -84,7 +85,7 @@ def test_longer_images_are_shrunk_to_max_side_and_the_probabilities_enlarged(siz
     predictor = random_predictor(max_side=90, tile=64, tta="flip")
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     small = Image.fromarray(image).resize(seen[::-1], Image.Resampling.BILINEAR)
-    pixels = (np.array(small) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    pixels = (np.array(small) / 255 - MEAN) / STD
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     torch.testing.assert_close(predictor.prepare(image), batch)
     prob = F.interpolate(predictor.probabilities(batch), size, mode="bilinear")

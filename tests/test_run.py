@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from datasets import synthetic
 from datasets.classes import CAMVID
 from inference.checkpoints import SHIPPED
-from train import get_args_parser
+from train import build_loaders, get_args_parser, prepare_data
 from training.recipe import build_scheduler, resolve_recipe
 
 FILES = ("best.pth", "last.pth", "log.csv", "args.json", "curves.png", "panel.png")
@@ -67,6 +67,35 @@ def test_a_run_leaves_its_files(trained):
     best_miou = max(float(row["val_miou"]) for row in log)
     assert best["scores"]["miou"] == pytest.approx(best_miou, abs=1e-6)
     assert f"mIoU {best_miou:.3f}" in (trained / "printed").read_text()
+
+
+def test_the_normalization_of_a_network_is_that_of_its_checkpoint(
+    train, evaluate, scenes, tmp_path
+):
+    """0.5 for EfficientNet-Lite; that of --init_from for fine-tuning."""
+    train("--model unet_lite0")
+    best = tmp_path / "checkpoint" / "unet_lite0_best.pth"
+    checkpoint = torch.load(best)
+    assert checkpoint["config"]["normalize"] == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    metrics = evaluate("--data_root", scenes, "--checkpoint", best)
+    assert metrics["miou"] == pytest.approx(checkpoint["scores"]["miou"], abs=1e-9)
+    own = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    checkpoint["config"]["normalize"] = own
+    torch.save(checkpoint, tmp_path / "own.pth")
+    train("--init_from own.pth --checkpoint tuned")
+    assert torch.load(tmp_path / "tuned" / "unet_lite0_best.pth")["config"]["normalize"] == own
+
+
+def test_training_and_validation_images_are_normalized_alike(scenes):
+    args = get_args_parser().parse_args(["--data_root", str(scenes), *SMALL, "--jitter", "0"])
+    resolve_recipe(args)
+    data = prepare_data(args)
+    normalize = {"mean": (0.0, 0.5, 1.0), "std": (1.0, 0.5, 0.25)}
+    for loader in build_loaders(args, data, torch.device("cpu"), normalize):
+        for images, _ in loader:
+            assert (images.amin((0, 2, 3)) >= torch.tensor([0, -1, -4])).all()
+            assert (images.amax((0, 2, 3)) <= torch.tensor([1, 1, 0])).all()
+            assert images[:, 2].min() < -1  # not in 0 … 255
 
 
 def test_the_printed_command_evaluates_to_the_score_of_training(trained, evaluate):

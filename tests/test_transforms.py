@@ -21,7 +21,7 @@ def draw(
     count: int, ids: np.ndarray, crop: tuple[int, int], ignore_index: int = 0, **options
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Augmented samples of an image painted from ``ids``: (H, W, 3) in 0-255 and (H, W) ids."""
-    transform = train_transform(crop, ignore_index, **options)
+    transform = train_transform(crop, ignore_index, MEAN, STD, **options)
     for seed in range(count):
         transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         sample = transform(image=PALETTE[ids], mask=ids)
@@ -44,7 +44,7 @@ def test_image_and_mask_stay_aligned(crop, ignore_index):
 @pytest.mark.parametrize("scale", [0.4, 0.65])
 def test_a_scaled_mask_is_not_shifted_against_its_image(scale):
     """Both hold where their pixels came from, and agree on average."""
-    transform = train_transform((40, 50), 255, (scale, scale), jitter=0)
+    transform = train_transform((40, 50), 255, MEAN, STD, (scale, scale), jitter=0)
     for place in np.mgrid[0:160, 0:200].astype(np.uint8):
         sample = transform(image=np.dstack([place] * 3), mask=place)
         source = 255 * (sample["image"][0].numpy() * STD[0] + MEAN[0])
@@ -98,7 +98,7 @@ def test_evaluation_only_normalises():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (17, 33, 3), dtype=np.uint8)
     mask = rng.integers(0, 12, (20, 66), dtype=np.uint8)  # at its own size
-    sample = eval_transform()(image=image, mask=mask)
+    sample = eval_transform(MEAN, STD)(image=image, mask=mask)
     expected = ((image / 255 - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(sample["image"], expected, atol=1e-5)
     np.testing.assert_array_equal(sample["mask"], mask)

@@ -11,6 +11,8 @@ from support.command import Parser, UserError, number
 
 MAX_SIDE_HELP = """shrink longer images to it, in training and prediction; 0: never; if not given,
 the longest side of the training images"""
+ENCODER_LR_HELP = """learning rate of the encoder, as a share of --lr; if not given, 0.2 with
+--pretrained, else 1"""
 SCHEDULER_HELP = """of the learning rate; step is StepLR; if not given, onecycle, or step where
 --step_size or --gamma is given"""
 
@@ -28,6 +30,7 @@ def add_recipe_flags(parser: Parser) -> None:
         ("--jitter", share, 0.4, "strength of colour augmentation; 0 disables it"),
         ("--optimizer", ("sgd", "adamw"), "sgd", "SGD has Nesterov momentum"),
         ("--lr", positive, None, "learning rate; if not given, 0.1 for sgd, 0.001 for adamw"),
+        ("--encoder_lr", share, None, ENCODER_LR_HELP),
         ("--momentum", share, 0.9, "of sgd"),
         ("--weight_decay", positive, 5e-4, "of convolutions"),
         ("--scheduler", ("step", "onecycle"), None, SCHEDULER_HELP),
@@ -54,7 +57,9 @@ def resolve_recipe(args) -> None:
     args.model = args.model or "unet"
     is_unet = args.model == "unet"
     if args.pretrained and is_unet:
-        raise UserError("--pretrained needs a ResNet encoder; add --model unet_resnet34")
+        raise UserError(
+            "--pretrained: the plain U-Net has no ImageNet weights; add --model unet_lite0"
+        )
     smallest = 32 if is_unet else 64  # batch norm needs two pixels at the bottom
     if len(args.crop_size) > 2 or min(args.crop_size) < smallest:
         given = " ".join(map(str, args.crop_size))
@@ -69,6 +74,8 @@ def resolve_recipe(args) -> None:
         args.lr = 0.1 if args.optimizer == "sgd" else 0.001
         if args.init_from:
             args.lr /= 5  # fine-tuning
+    if args.encoder_lr is None:
+        args.encoder_lr = 0.2 if args.pretrained else 1.0
     if not args.scheduler:
         args.scheduler = "step" if args.step_size or args.gamma else "onecycle"
     args.step_size = args.step_size or math.ceil(args.epochs / 3)
@@ -79,14 +86,18 @@ def resolve_recipe(args) -> None:
 def build_optimizer(args, model: nn.Module) -> Optimizer:
     """``sgd`` with Nesterov momentum, or ``adamw``.
 
-    Weight decay is applied to convolution weights, not to norms and biases.
+    The encoder learns at ``encoder_lr`` times the rate. Weight decay is applied to convolution
+    weights, not to norms and biases.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    parts = ("stem.", "encoder.")
+    encoder = [p for name, p in model.named_parameters() if name.startswith(parts)]
+    others = [p for name, p in model.named_parameters() if not name.startswith(parts)]
+    groups = []
+    for params, lr in ((others, args.lr), (encoder, args.lr * args.encoder_lr)):
+        kernels = [p for p in params if p.ndim > 1]
+        rest = [p for p in params if p.ndim <= 1]
+        groups.append({"params": kernels, "lr": lr, "weight_decay": args.weight_decay})
+        groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
     if args.optimizer == "adamw":
         return AdamW(groups, args.lr, fused=True)
     optimizer = SGD(groups, args.lr, args.momentum, nesterov=args.momentum > 0, fused=True)

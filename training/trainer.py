@@ -9,11 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from datasets.spec import DataSpec
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from inference.checkpoints import load_weights
 from inference.predictor import Predictor, fold_batch_norm
 from loss import SegmentationLoss, class_weights
-from model import build_model
+from model import MissingWeights, build_model
 from support.command import UserError, progress
 from support.device import memory_format, select_amp_dtype
 from training.distributed import replicate, share_buffers, world_size
@@ -48,19 +47,25 @@ class WeightAverage:
 class Trainer:
     """Trains the network that the flags describe.
 
+    normalize: mean and std of the images in the batches, for the checkpoint.
     steps_per_epoch: updates in an epoch, for the schedule.
     """
 
-    def __init__(self, args, data: DataSpec, device: torch.device, steps_per_epoch: int):
+    def __init__(
+        self, args, data: DataSpec, device: torch.device, normalize: dict, steps_per_epoch: int
+    ):
         self.args = args
         self.data = data
-        self.normalize = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        self.normalize = normalize
         self.device = device
         self.amp_dtype = select_amp_dtype(args.amp, device)
         self.steps_per_epoch = steps_per_epoch
         torch.manual_seed(args.seed)
         options = {"pretrained": True} if args.pretrained and not args.resume else {}
-        self.model = build_model(args.model, len(data.classes), width=args.width, **options)
+        try:
+            self.model = build_model(args.model, len(data.classes), width=args.width, **options)
+        except MissingWeights as error:
+            raise UserError(f"--pretrained: {error}") from None
         layout = memory_format(device, self.amp_dtype, args.width)
         self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.ema = WeightAverage(self.model, args.ema)
@@ -122,9 +127,13 @@ class Trainer:
     def predictor(self) -> Predictor:
         """The averaged weights as predict.py will run them."""
         model = fold_batch_norm(copy.deepcopy(self.ema.module))
-        mean, std = self.normalize.values()
         return Predictor(
-            model, self.data.classes, mean, std, self.device, self.amp_dtype, self.data.max_side
+            model,
+            self.data.classes,
+            **self.normalize,
+            device=self.device,
+            amp_dtype=self.amp_dtype,
+            max_side=self.data.max_side,
         )
 
     def init_from(self, checkpoint: dict) -> str:
