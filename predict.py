@@ -277,7 +277,7 @@ def get_args_parser() -> Parser:
         ("--legend", bool, False, "draw the classes' colours and names into overlays"),
         ("--skip_existing", bool, False, "skip images whose pictures exist"),
         ("--demo", bool, False, "predict the demo's test scenes with the demo's model"),
-        ("--model", str, None, "name of the network, checked against the checkpoint"),
+        ("--model", str.lower, None, "name of the network, checked against the checkpoint"),
         ("--num_classes", int, None, "number of classes, checked against the checkpoint"),
     )
     add = parser.add_argument

@@ -46,7 +46,7 @@ def main(args) -> None:
     normalize = checkpoint["config"]["normalize"] if checkpoint else normalization(args.model)
     train_loader, val_loader = build_loaders(args, data, device, normalize)
     trainer = Trainer(args, data, device, normalize, steps_per_epoch=len(train_loader))
-    print_network(trainer)
+    print_recipe(trainer)
     with Run(args, data, trainer, checkpoint) as run:  # resumes, or archives a previous run
         for epoch in range(run.epoch + 1, args.epochs + 1):
             torch.manual_seed(args.seed + epoch)  # so that a resumed run needs no random state
@@ -125,11 +125,19 @@ def build_loaders(
     return train_loader, DataLoader(val_set, sampler=share, **options)
 
 
-def print_network(trainer: Trainer) -> None:
-    """One line on the network and its device."""
+def print_recipe(trainer: Trainer) -> None:
+    """One line on the network and its device, one on the recipe."""
+    args = trainer.args
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    network = f"{trainer.args.model} of width {trainer.args.width}, {millions:.1f} M parameters"
-    print(f"{network}, on {trainer.device} in {trainer.amp_dtype or torch.float32}", flush=True)
+    network = f"{args.model} of width {args.width}, {millions:.1f} M parameters"
+    print(f"{network}, on {trainer.device} in {trainer.amp_dtype or torch.float32}")
+    height, width = args.crop_size
+    print(
+        f"{args.epochs} epochs of {trainer.steps_per_epoch} updates: {args.optimizer}, schedule "
+        f"{args.scheduler}, peak rate {args.lr:g}, {args.batch_size} crops of {width}×{height} "
+        f"from images of at most {trainer.data.max_side or 'any number of'} pixels",
+        flush=True,
+    )
 
 
 def get_args_parser() -> Parser:

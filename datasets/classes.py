@@ -309,15 +309,10 @@ CAMVID32 = ClassSet(
     ("Void", *(line.split()[0] for line in _CAMVID.split("\n")[2:33])),
     (*CAMVID.colors, *(color for color, _ in CAMVID.aliases[:20])),
     ignore_index=0,
+    source="CamVid's original labels",
 )
 CITYSCAPES = _from_table(_CITYSCAPES, ignore_index=IGNORED, source="Cityscapes")
 VOC = replace(
     ClassSet.numbered(21), names=tuple(_VOC.split()), aliases=VOC_BORDER, source="Pascal VOC"
 )
-CLASS_SETS = {
-    "camvid": CAMVID,
-    "CamVid": CAMVID,
-    "camvid32": CAMVID32,
-    "cityscapes": CITYSCAPES,
-    "voc": VOC,
-}
+CLASS_SETS = {"camvid": CAMVID, "camvid32": CAMVID32, "cityscapes": CITYSCAPES, "voc": VOC}

@@ -84,7 +84,7 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     sample = survey_masks(every_nth(masks))
     table = args.classes or class_file(root, splits)
     if args.data_name != "auto":
-        classes = CLASS_SETS[args.data_name]
+        classes = CLASS_SETS[args.data_name.lower()]  # checkpoints before 3.2 hold CamVid
     elif table:
         classes = ClassSet.from_file(table)
     elif trained:
@@ -94,9 +94,11 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     else:
         classes = guess_classes(args, masks, sample)
     if args.num_classes not in (None, len(classes)):
+        fitting = [name for name, known in CLASS_SETS.items() if len(known) == args.num_classes]
+        others = "".join(f", or add --data_name {name}" for name in fitting)
         raise UserError(
             f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
-            f"classes; leave it out for these"
+            f"classes; leave it out for these{others}"
         )
     label_format = args.label_format
     if label_format == "auto":

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datasets.classes import ClassSet
 from support.files import write_file
 
+MAX_NAMES = 20  # of classes that are listed beside the curves
 STRIP = 256  # rows of an overlay that are blended at a time, to save memory
 
 
@@ -80,18 +81,25 @@ def panel_image(
     return panel
 
 
-def save_curves(history: list[dict], path: Path) -> None:
-    """Losses, mIoU and learning rate by epoch, as a PNG."""
+def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
+    """Losses, mIoU, IoU per class in the class's colour, and learning rate by epoch, as a PNG."""
     # Imported here, to keep the start of the commands fast. A Figure needs no display.
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained", figsize=(14, 3.5))
-    keys = ("train_loss", "val_loss", "val_miou", "lr")
-    for axes, key in zip(figure.subplots(1, 4), keys):
-        # Not every epoch is validated.
-        points = [(row["epoch"], row[key]) for row in history if key in row]
-        axes.plot(*zip(*points), ".-", markersize=3)
-        axes.set(title=key, xlabel="epoch")
+    series = {key: [(key, "tab:blue")] for key in ("train_loss", "val_loss", "val_miou", "lr")}
+    series["IoU"] = [
+        (f"iou/{classes.names[i]}", np.divide(classes.colors[i], 255)) for i in classes.scored
+    ]
+    figure = Figure(layout="constrained", figsize=(19, 3.5))
+    for axes, (title, lines) in zip(figure.subplots(1, len(series)), series.items()):
+        for key, color in lines:
+            # Not every epoch is validated.
+            points = [(row["epoch"], row[key]) for row in history if key in row]
+            name = key.removeprefix("iou/")
+            axes.plot(*zip(*points), ".-", markersize=3, color=color, label=name)
+        axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    if len(classes.scored) <= MAX_NAMES:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     write_file(path, figure.savefig)

@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
     def add_flags(self, title: str, *flags: tuple) -> None:
-        """Add a group of flags, each as (name, type or choices, default, help); bool: a switch."""
+        """Add a group of flags, each as (name, type or choices, default, help); bool: a switch.
+
+        Choices are lower case, and accepted in any case.
+        """
         group = self.add_argument_group(title)
         for name, kind, default, text in flags:
             options: dict[str, Any] = {"default": default, "help": text}
@@ -38,7 +41,8 @@ class Parser(argparse.ArgumentParser):
             if kind is bool:
                 options["action"] = "store_true"
             else:
-                options["choices" if isinstance(kind, tuple) else "type"] = kind
+                options["choices"] = kind if isinstance(kind, tuple) else None
+                options["type"] = str.lower if isinstance(kind, tuple) else kind
             group.add_argument(name, **options)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]

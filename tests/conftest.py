@@ -123,9 +123,11 @@ def load(folder: Path, kind: str = "last") -> dict:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """The log that train.py left there."""
+    """The log that train.py left there, without the time of each epoch."""
     with open(folder / "checkpoint" / "unet_log.csv") as file:
-        return [*csv.DictReader(file)]
+        log = [*csv.DictReader(file)]
+    assert all(float(row.pop("seconds")) > 0 for row in log)
+    return log
 
 
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:

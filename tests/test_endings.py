@@ -152,6 +152,14 @@ assert os.waitpid(start("killed", "--resume", "auto"), 0)[1] == 0
 """
 
 
+def without_folder_and_times(path: Path) -> dict:
+    """A checkpoint as it is in every equal run."""
+    checkpoint = torch.load(path) | {"config": 0}
+    for row in checkpoint.get("training", {}).get("history", ()):
+        del row["seconds"]
+    return checkpoint
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_twenty_moments_and_resumed_a_run_ends_the_same(tmp_path):
@@ -169,10 +177,9 @@ def test_killed_at_twenty_moments_and_resumed_a_run_ends_the_same(tmp_path):
     for other in (tmp_path / "killed", *tmp_path.glob("finished*")):
         # A run that is killed in its first epoch, between its best and last file, is archived.
         assert {path.name for path in other.iterdir() if path.is_file()} == names
-        assert (other / "unet_log.csv").read_bytes() == (whole / "unet_log.csv").read_bytes()
         for name in ("unet_best.pth", "unet_last.pth"):
-            ours = torch.load(other / name) | {"config": 0}  # it holds the folder
-            expected = torch.load(whole / name) | {"config": 0}
+            ours = without_folder_and_times(other / name)
+            expected = without_folder_and_times(whole / name)
             torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -206,6 +213,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(trained, tmp_
         ("train.py DATA --crop_size 8", "--crop_size 8"),
         ("train.py DATA --resume nowhere.pth", "nowhere.pth"),
         ("train.py DATA --resume moved_best.pth", "moved_last.pth"),
+        ("train.py DATA --num_classes 32", "--data_name camvid32"),
         ("train.py DATA --checkpoint printed/run", "printed/run"),
         ("evaluate.py DATA --split dev", "dev"),
         ("evaluate.py DATA --data_name camvid32", "was trained on"),

@@ -67,6 +67,9 @@ def test_a_run_leaves_its_files(trained):
     best_miou = max(float(row["val_miou"]) for row in log)
     assert best["scores"]["miou"] == pytest.approx(best_miou, abs=1e-6)
     assert f"mIoU {best_miou:.3f}" in (trained / "printed").read_text()
+    logged = [float(log[-1][f"iou/{name}"]) for name in CAMVID.names[1:]]
+    expected = last["scores"]["iou"][1:]
+    assert logged == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
 def test_the_normalization_of_a_network_is_that_of_its_checkpoint(
@@ -217,7 +220,7 @@ def test_fine_tuning_the_shipped_weights_is_one_command(scenes, tmp_path, call):
 
 def test_the_tutorials_commands(scenes, tmp_path, call):
     tutorial = (
-        "--data_name CamVid --model unet --num_classes 12 --epochs 1 --lr 0.01 --momentum 0.9 "
+        "--data_name CamVid --model UNet --num_classes 12 --epochs 1 --lr 0.01 --momentum 0.9 "
         "--weight-decay 5e-4 --batch_size 2 --step_size 1 --gamma 0.1 --checkpoint C"
     )
     small = ("--width", 4, "--crop_size", 64)

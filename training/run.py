@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from textwrap import shorten
 from typing import Any
 
@@ -114,12 +115,17 @@ class Run:
             done = trainer.init_from(checkpoint)
             print(f"{args.init_from}: {done}; learning rate {args.lr:g}, max_side {data.max_side}")
         self.resumed = self.epoch
-        self.started = time.perf_counter()
+        self.recorded = time.perf_counter()
 
     @property
     def epoch(self) -> int:
         """The number of finished epochs."""
         return len(self.history)
+
+    @property
+    def minutes(self) -> float:
+        """The time of all finished epochs, in minutes."""
+        return sum(row.get("seconds", 0.0) for row in self.history) / 60
 
     def path(self, name: str) -> Path:
         """The path of one of RUN_FILES."""
@@ -189,8 +195,14 @@ class Run:
 
         row: of `train_one_epoch`. scores: of `validate`; empty if this epoch was not validated.
         """
-        row = row | {f"val_{key}": scores[key] for key in LOGGED_SCORES if key in scores}
-        speed = row.pop("images_per_second")  # not logged: the files of equal runs are equal
+        speed = row.pop("images_per_second")
+        now = time.perf_counter()
+        row["seconds"] = now - self.recorded
+        self.recorded = now
+        row |= {f"val_{key}": scores[key] for key in LOGGED_SCORES if key in scores}
+        if scores:
+            classes = self.data.classes
+            row |= {f"iou/{classes.names[i]}": float(scores["iou"][i]) for i in classes.scored}
         rounded = {key: float(f"{value:.6g}") for key, value in row.items()}
         self.history.append({"epoch": self.epoch + 1} | rounded)
         miou = float(np.nan_to_num(scores.get("miou", -1.0)))  # NaN would never be beaten
@@ -230,11 +242,11 @@ class Run:
 
     def print_epoch(self, row: dict[str, float], speed: float, is_best: bool) -> None:
         """One line of figures, with the remaining time."""
-        minutes = (time.perf_counter() - self.started) / 60 / (self.epoch - self.resumed)
-        left = minutes * (self.args.epochs - self.epoch)
+        recent = [row["seconds"] for row in self.history[self.resumed :]]
+        left = fmean(recent) / 60 * (self.args.epochs - self.epoch)
         line = f"epoch {self.epoch:>3}/{self.args.epochs}  loss {row['train_loss']:.3f}  "
         if "val_miou" in row:
-            line += f"val {row['val_loss']:.3f} mIoU {row['val_miou']:.3f} "
+            line += f"val ce {row['val_loss']:.3f} mIoU {row['val_miou']:.3f} "
             line += f"acc {row['val_pixel_accuracy']:.3f}  "
         line += f"lr {row['lr']:.2g}  {speed:.1f} img/s  {left:.1f} min left"
         if is_best:
@@ -244,7 +256,7 @@ class Run:
     def show(self, row: dict[str, float], trainer: Trainer) -> None:
         """Draw the curves and a panel of predictions after a validation; log for TensorBoard."""
         if "val_miou" in row:
-            save_curves(self.history, self.path("curves.png"))
+            save_curves(self.history, self.path("curves.png"), self.data.classes)
             dataset = self.data.dataset("val", native_masks=True)
             predictor = trainer.predictor()
             frames = map(dataset.read, sorted({0, len(dataset) // 2, len(dataset) - 1}))
@@ -264,7 +276,7 @@ class Run:
         data = shlex.quote(str(self.args.data_root))
         classes = self.data.classes
         scores = load_checkpoint(path)["scores"]
-        print(f"\nbest epoch, {best}:")
+        print(f"\n{self.epoch} epochs took {self.minutes:.1f} minutes; the best one, {best}:")
         print(score_table(scores, classes.names, classes.ignore_index))
         print(f"\npictures: {self.path('panel.png')}, {self.path('curves.png')}\nnext:")
         print(f"  python predict.py --image_dir IMAGES --checkpoint {best}")
