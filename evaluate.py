@@ -1,31 +1,58 @@
-"""Score a checkpoint on a labelled split: a table per class, and metrics.json.
+"""Score checkpoints on a labelled split: a table per class, and a JSON file.
 
 python evaluate.py --data_root data/CamVid --split test
 python evaluate.py --data_root data/CamVid --checkpoint checkpoint/unet_best.pth --tta flip
 python evaluate.py --data_root data/CamVid --report report      then open report/index.html
+python evaluate.py --data_root data/CamVid runs/a runs/b        compares two runs
 """
 
 import json
+import tomllib
+from argparse import Namespace
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.classes import ClassSet
 from datasets.flags import add_data_flags, open_data
 from datasets.layouts import split_name
+from datasets.spec import DataSpec, SplitReport
 from datasets.transforms import eval_transform
-from inference.checkpoints import open_predictor
-from inference.predictor import add_inference_flags, validate
-from metric import score_table
+from inference.checkpoints import newest, open_predictor
+from inference.predictor import Predictor, add_inference_flags, validate
+from metric import format_score, score_table
 from output.report import Report, plain
 from support.command import Parser, UserError, number, run_command
 from support.device import loader_options
 from support.files import make_folder, write_file
 from support.images import limited_size
 
+ROOT = Path(__file__).parent
+
 
 def main(args) -> None:
+    checkpoints = [find_checkpoint(path) for path in args.runs] or [args.checkpoint]
+    results = [evaluate(Namespace(**vars(args) | {"checkpoint": path})) for path in checkpoints]
+    if len(results) > 1:
+        print(f"\n{comparison(checkpoints, results)}")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, or the best one in the folder of a run. Raises UserError if there is none."""
+    found = newest(path, "[!.]*_best.pth") if path.is_dir() else path
+    if found is None:
+        raise UserError(f"{path}: has no *_best.pth; name a checkpoint or the folder of a run")
+    return found
+
+
+def open_run(args) -> tuple[Predictor, dict, DataSpec]:
+    """The network of args.checkpoint, its config, and the data of args.split.
+
+    Sets the flags that are not given. Raises UserError if the data have other classes.
+    """
+    chosen = "" if args.checkpoint else " (the newest in checkpoint/; --checkpoint names another)"
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
     args.split = split_name(args.split) or args.split
@@ -35,9 +62,16 @@ def main(args) -> None:
     trained = config["classes"]
     if (classes.names, classes.ignore_index) != (trained.names, trained.ignore_index):
         raise UserError(
-            f"{args.checkpoint}: was trained on {', '.join(trained.names)}; {args.data_root} has "
-            f"{', '.join(classes.names)}"
+            f"{args.checkpoint}{chosen}: was trained on {', '.join(trained.names)}; "
+            f"{args.data_root} has {', '.join(classes.names)}"
         )
+    return predictor, config, data
+
+
+def evaluate(args) -> dict:
+    """Score args.checkpoint, print its table, write its files. Returns IoU by class, and mIoU."""
+    predictor, config, data = open_run(args)
+    classes = data.classes
     dataset = data.dataset(args.split, eval_transform(**config["normalize"]), native_masks=True)
     loader = DataLoader(dataset, **loader_options(predictor.device, args.workers))
     make_folder(args.save_dir)
@@ -49,20 +83,57 @@ def main(args) -> None:
         report.add(dataset.pairs[i].image.stem, image, ids[0].cpu().numpy(), mask)
 
     scores = validate(predictor, loader, add_to_report if args.report else None)
-    source = f"{args.split} of {args.data_root}"
-    print(f"{args.checkpoint} on {source}, {len(dataset)} images, --tta {args.tta}")
+    title = f"{args.checkpoint} on {args.split} of {args.data_root}, --tta {args.tta}"
+    print(f"{title}, {len(dataset)} images")
     print(score_table(scores, classes.names, classes.ignore_index))
-    sizes = data.reports[args.split].sizes.items()
-    shrunk = sum(count for size, count in sizes if limited_size(size, args.max_side) != size)
+    print_shrunk(data.reports[args.split], args.max_side)
+    name = file_name(args)
+    write_metrics(args.save_dir / f"{name}.json", args, scores, data)
+    if args.report:
+        folder = args.report / name if args.runs else args.report
+        print(f"wrote {report.write(folder, title, scores)}")
+    return dict(zip(classes.names, scores["iou"])) | {"mIoU": scores["miou"]}
+
+
+def print_shrunk(report: SplitReport, max_side: int) -> None:
+    """Say how many images the network saw at a smaller size."""
+    sizes = report.sizes.items()
+    shrunk = sum(count for size, count in sizes if limited_size(size, max_side) != size)
     if shrunk:
         print(
-            f"{shrunk} of them were shrunk to {args.max_side} pixels on the longer side; "
+            f"{shrunk} of them were shrunk to {max_side} pixels on the longer side; "
             f"--max_side 0 takes images at their own size"
         )
-    write_metrics(args.save_dir / "metrics.json", scores, classes, len(dataset))
-    if args.report:
-        title = f"{args.checkpoint.stem} on {source}"
-        print(f"wrote {report.write(args.report, title, scores)}")
+
+
+def file_name(args) -> str:
+    """Of the files of an evaluation: such as checkpoint_unet_best_val."""
+    path = args.checkpoint.resolve()
+    parts = [path.parent.name, path.stem, args.split]
+    if args.tta != "none":
+        parts.append(args.tta)
+    return "_".join(parts)
+
+
+def comparison(checkpoints: list[Path], results: list[dict]) -> str:
+    """The IoU of each class for several checkpoints, mean and standard deviation, as text.
+
+    Raises UserError if they have different classes.
+    """
+    lines = [f"{i}: {path}" for i, path in enumerate(checkpoints, 1)]
+    for path, result in zip(checkpoints, results):
+        if result.keys() != results[0].keys():
+            raise UserError(f"{path}: has other classes than {checkpoints[0]}")
+    width = max(map(len, results[0]))
+    numbers = "".join(f"{i:>7}" for i in range(1, len(results) + 1))
+    lines.append(f"{'class':<{width}}{numbers}    mean ± standard deviation")
+    for name in results[0]:
+        values = np.array([result[name] for result in results])
+        if not np.isnan(values).all():
+            cells = "".join(f"{format_score(value):>7}" for value in values)
+            spread = f"{format_score(values.mean())} ± {format_score(values.std(ddof=1))}"
+            lines.append(f"{name:<{width}}{cells}   {spread}")
+    return "\n".join(lines)
 
 
 def take_flags_of_training(args, trained: dict) -> None:
@@ -75,14 +146,27 @@ def take_flags_of_training(args, trained: dict) -> None:
         args.classes = table
 
 
-def write_metrics(path: Path, scores: dict, classes: ClassSet, images: int) -> None:
-    """Write the scores and the confusion matrix (true class, predicted class) as JSON, without the
-    ignored class; undefined scores are null.
+def write_metrics(path: Path, args, scores: dict, data: DataSpec) -> None:
+    """Write what was evaluated, the scores, and the confusion matrix (true class, predicted class)
+    as JSON, without the ignored class; undefined scores are null.
     """
+    classes = data.classes
     scored = classes.scored
-    overall = ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1")
-    metrics: dict = {key: plain(scores[key]) for key in overall}
-    metrics["images"] = images
+    sizes = data.reports[args.split].sizes
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metrics: dict = {
+        "checkpoint": str(args.checkpoint),
+        "data_root": str(args.data_root),
+        "split": args.split,
+        "images": sizes.total(),
+        "sizes": {f"{width}x{height}": count for (height, width), count in sizes.items()},
+        "max_side": args.max_side,
+        "tta": args.tta,
+        "version": project["version"],
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    for key in ("miou", "pixel_accuracy", "mean_pixel_accuracy", "fwiou", "mean_f1"):
+        metrics[key] = plain(scores[key])
     metrics["per_class"] = [
         {"id": i, "name": classes.names[i], "pixels": int(scores["pixels"][i])}
         | {key: plain(scores[key][i]) for key in ("iou", "accuracy", "f1")}
@@ -96,12 +180,14 @@ def write_metrics(path: Path, scores: dict, classes: ClassSet, images: int) -> N
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__)
+    runs_help = "checkpoints, or folders of runs, to compare; in place of --checkpoint"
+    parser.add_argument("runs", type=Path, nargs="*", help=runs_help)
     add_data_flags(parser)
     add_inference_flags(parser)
     parser.add_flags(
         "evaluation",
         ("--split", str, "val", "folder of the split in --data_root: train, val or test"),
-        ("--save_dir", Path, Path("evaluation"), "folder for metrics.json"),
+        ("--save_dir", Path, Path("evaluation"), "folder for the JSON file of the scores"),
         ("--report", Path, None, "folder for index.html, a page of all images"),
         ("--workers", number(int, 0), None, "data loader processes; if not given, as suits"),
     )

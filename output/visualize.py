@@ -86,7 +86,9 @@ def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
     # Imported here, to keep the start of the commands fast. A Figure needs no display.
     from matplotlib.figure import Figure
 
-    series = {key: [(key, "tab:blue")] for key in ("train_loss", "val_loss", "val_miou", "lr")}
+    series: dict[str, list] = {
+        key: [(key, "tab:blue")] for key in ("train_loss", "val_loss", "val_miou", "lr")
+    }
     series["IoU"] = [
         (f"iou/{classes.names[i]}", np.divide(classes.colors[i], 255)) for i in classes.scored
     ]

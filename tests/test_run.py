@@ -42,12 +42,13 @@ def train(call, scenes):
 
 @pytest.fixture
 def evaluate(call, tmp_path):
-    """The metrics.json that evaluate.py writes."""
+    """The scores that evaluate.py writes."""
 
     def evaluate(*flags, cwd=tmp_path) -> dict:
         status, _, err = call("evaluate.py", *flags, cwd=cwd)
         assert status == 0, err
-        return json.loads((cwd / "evaluation" / "metrics.json").read_text())
+        (path,) = (cwd / "evaluation").iterdir()
+        return json.loads(path.read_text())
 
     return evaluate
 
@@ -110,6 +111,30 @@ def test_the_printed_command_evaluates_to_the_score_of_training(trained, evaluat
     assert tuple(entry["name"] for entry in metrics["per_class"]) == CAMVID.names[1:]
     pixels = [entry["pixels"] for entry in metrics["per_class"]]
     assert [sum(row) for row in metrics["confusion_matrix"]] == pixels
+
+
+def test_runs_are_compared_in_one_table(trained, scenes, tmp_path, call):
+    for name, bias in (("a", 0), ("b", 1)):
+        best = load(trained, "best")
+        best["state_dict"]["classifier.bias"][4] += bias
+        (tmp_path / name).mkdir()
+        torch.save(best, tmp_path / name / "unet_best.pth")
+    flags = ("--data_root", scenes, "--split", "test", "--tta", "flip")
+    status, out, _ = call("evaluate.py", *flags, "a", "b/unet_best.pth")
+    assert status == 0
+    metrics = [
+        json.loads((tmp_path / "evaluation" / f"{name}_unet_best_test_flip.json").read_text())
+        for name in "ab"
+    ]
+    first, second = (entry["miou"] for entry in metrics)
+    assert first != second
+    row = out.splitlines()[-1].split()
+    expected = [first, second, (first + second) / 2, abs(first - second) / 2**0.5]
+    assert [row[0], row[4]] == ["mIoU", "±"]
+    assert [float(row[k]) for k in (1, 2, 3, 5)] == pytest.approx(expected, abs=6e-4)
+    assert metrics[1]["checkpoint"] == "b/unet_best.pth"
+    assert (metrics[1]["split"], metrics[1]["tta"], metrics[1]["images"]) == ("test", "flip", 2)
+    assert metrics[1]["sizes"] == {"96x72": 2}
 
 
 def test_a_run_in_two_parts_equals_a_plain_one_bit_for_bit(trained, tmp_path, train):
