@@ -28,7 +28,7 @@ from support.files import every_nth, locked, make_folder, write_file
 from support.images import limited_size, read_image
 
 DEMO = """--image_dir checkpoint/demo/scenes/test --checkpoint checkpoint/demo/unet_best.pth
---save_dir checkpoint/demo/predictions"""
+--save_dir checkpoint/demo/predictions --legend"""
 MASK_FORMAT_HELP = """palette: values are class ids, shown in colours; ids: the same in grey, as
 OpenCV needs it; color: RGB"""
 CONFIDENCE_HELP = """write NAME_confidence.png too, the probability of each pixel's class as grey
@@ -230,9 +230,9 @@ def predict_video(path: Path, name: str, predictor: Predictor, args) -> None:
                 write_mask(result, masks, classes, args)
             yield np.asarray(draw_overlay(frame, result.ids, classes.scored, classes, args))
 
-    frames = tqdm(predict_frames(), total=video.count or None, unit="frame", disable=None)
+    frames = iter(tqdm(predict_frames(), total=video.count or None, unit="frame", disable=None))
     if args.overlay:
-        count = write_video(target, frames, video.size, video.rate)
+        count = write_video(target, frames, video.rate)
         print(f"wrote {target}, {count} frames at {video.rate:.4g} a second")
     else:
         print(f"wrote the masks of {sum(1 for _ in frames)} frames to {masks}")
@@ -274,7 +274,12 @@ def get_args_parser() -> Parser:
         ("--save_masks", bool, False, "of a video, write the masks of its frames too"),
         ("--alpha", number(float, 0, 1), 0.5, "opacity of the colours in overlays"),
         ("--report", Path, None, "folder for index.html, a page of all images"),
-        ("--legend", bool, False, "draw the classes' colours and names into overlays"),
+        (
+            "--legend",
+            bool,
+            False,
+            "draw the colours and names of the classes into overlays, or beside small ones",
+        ),
         ("--skip_existing", bool, False, "skip images whose pictures exist"),
         ("--demo", bool, False, "predict the demo's test scenes with the demo's model"),
         ("--model", str.lower, None, "name of the network, checked against the checkpoint"),

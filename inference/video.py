@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: errors are raised here
@@ -17,7 +18,6 @@ class VideoReader:
     """The frames of a file, (H, W, 3) uint8 RGB, upright. Raises UserError if there are none.
 
     rate: frames per second. count: the number that the file announces, 0 if it does not.
-    size: (H, W) of a frame.
     """
 
     def __init__(self, path: Path):
@@ -27,7 +27,6 @@ class VideoReader:
         self.first = self.capture.read()[1]
         if self.first is None:
             raise UserError(f"{path}: cannot be read as a video")
-        self.size = self.first.shape[:2]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         frame = self.first
@@ -36,21 +35,21 @@ class VideoReader:
             frame = self.capture.read()[1]
 
 
-def write_video(
-    path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], rate: float
-) -> int:
-    """Write (H, W, 3) uint8 RGB frames of ``size`` (H, W) to an .mp4 file. Returns their number.
+def write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> int:
+    """Write (H, W, 3) uint8 RGB frames of one size to an .mp4 file. Returns their number.
 
     The codec drops the last pixel of an odd side. Raises UserError if the file cannot be written.
     """
     count = 0
+    first = next(frames)
+    height, width = first.shape[:2]
     with atomic_path(path) as temporary:
         fourcc = cv2.VideoWriter.fourcc(*"vp09")  # VP9, which browsers play and OpenCV can write
-        writer = cv2.VideoWriter(str(temporary), fourcc, rate, size[::-1])
+        writer = cv2.VideoWriter(str(temporary), fourcc, rate, (width, height))
         if not writer.isOpened():
             raise UserError(f"{path}: cannot be written (disk full, or an OpenCV without VP9?)")
         try:
-            for frame in frames:
+            for frame in chain([first], frames):
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
                 count += 1
         finally:

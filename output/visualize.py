@@ -10,6 +10,7 @@ from datasets.classes import ClassSet
 from support.files import write_file
 
 MAX_NAMES = 20  # of classes that are listed beside the curves
+SMALLEST_ROW = 12  # pixels of a row of a legend
 STRIP = 256  # rows of an overlay that are blended at a time, to save memory
 
 
@@ -41,44 +42,60 @@ def overlay_image(
     return overlay
 
 
-def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:
-    """The image with the colours and names of the ``shown`` classes in its lower left corner.
-
-    If the legend would not be legible or does not fit, the image is returned as it is.
-    """
+def legend_image(classes: ClassSet, shown: Sequence[int], row: int) -> Image.Image:
+    """The colours and names of the ``shown`` classes, in rows of that many pixels."""
     import matplotlib  # its font has more letters than Pillow's
 
-    row = image.height // 24
     path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-    font = ImageFont.truetype(path, max(1, 0.7 * row))
-    width = 2 * row + max(font.getlength(classes.names[i]) for i in shown) + row // 2
-    height = (len(shown) + 0.5) * row
-    if row < 8 or width > image.width or height + row > image.height:
-        return image
-    box = Image.new("RGB", (round(width), round(height)))
+    font = ImageFont.truetype(path, 0.7 * row)
+    width = 2.5 * row + max((font.getlength(classes.names[i]) for i in shown), default=0)
+    box = Image.new("RGB", (round(width), round((len(shown) + 0.5) * row)))
     draw = ImageDraw.Draw(box)
     for k, i in enumerate(shown):
         top = round((k + 0.25) * row)
         draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=classes.colors[i])
         draw.text((2 * row, top + row // 2), classes.names[i], "white", font, anchor="lm")
-    image.paste(box, (row // 2, image.height - box.height - row // 2))
+    return box
+
+
+def beside(image: Image.Image, strip: Image.Image) -> Image.Image:
+    """Both, the strip to the right."""
+    both = Image.new("RGB", (image.width + strip.width, max(image.height, strip.height)))
+    both.paste(image, (0, 0))
+    both.paste(strip, (image.width, 0))
+    return both
+
+
+def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> Image.Image:
+    """The image with a legend of the ``shown`` classes in its lower left corner, or to its right if
+    it does not fit there.
+    """
+    row = max(SMALLEST_ROW, image.height // 24)
+    legend = legend_image(classes, shown, row)
+    is_small = image.height < 16 * SMALLEST_ROW  # and would be covered by it
+    if is_small or legend.height + row > image.height or legend.width + row > image.width:
+        return beside(image, legend)
+    image.paste(legend, (row // 2, image.height - legend.height - row // 2))
     return image
 
 
 def panel_image(
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet
 ) -> Image.Image:
-    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side.
+    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, and a legend.
 
     All are shown at the size of the first image.
     """
     height, width = rows[0][0].shape[:2]
+    shown: set[int] = set()
     panel = Image.new("RGB", (3 * width, len(rows) * height))
     for i, (image, mask, prediction) in enumerate(rows):
         for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             panel.paste(tile, (j * width, i * height))
-    return panel
+        shown.update(np.unique(mask), np.unique(prediction))
+    legend = sorted(shown & {*classes.scored})
+    return beside(panel, legend_image(classes, legend, max(SMALLEST_ROW, height // 24)))
 
 
 def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:

@@ -17,7 +17,7 @@ from support.command import UserError
 def drive(tmp_path):
     """The frames of a video, which is in drive.mp4."""
     frames = [np.array(generate_scene(i, 96, 72)[0]) for i in range(11)]
-    write_video(tmp_path / "drive.mp4", iter(frames), (72, 96), 12.5)
+    write_video(tmp_path / "drive.mp4", iter(frames), 12.5)
     return frames
 
 
@@ -26,7 +26,7 @@ def test_a_video_becomes_a_video_of_the_same_size_and_rate_that_browsers_play(dr
     assert call("predict.py", "--image_dir", "drive.mp4", "--save_dir", "out", "--alpha", 0)[0] == 0
     for path in (Path("drive.mp4"), Path("out/drive_overlay.mp4")):
         video = VideoReader(path)
-        assert (video.size, video.rate, video.count) == ((72, 96), 12.5, 11)
+        assert (video.first.shape, video.rate, video.count) == ((72, 96, 3), 12.5, 11)
         assert b"vp09" in path.read_bytes()
         for shown, frame in zip(video, drive, strict=True):
             assert np.abs(shown.astype(int) - frame).mean() < 16

@@ -12,6 +12,12 @@ IDS = np.random.default_rng(0).permutation(17 * 33).reshape(17, 33) % 12
 IMAGE = np.random.default_rng(1).integers(0, 256, (17, 33, 3), np.uint8)
 
 
+def classes_in(image: np.ndarray) -> list[int]:
+    """The classes whose colours a (H, W, 3) legend shows."""
+    swatches = (image[..., None, :] == PALETTE).all(-1).sum((0, 1))
+    return [i for i in range(1, 12) if swatches[i] > 50]
+
+
 def test_a_mask_holds_ids_and_shows_colours(tmp_path):
     mask_image(IDS, CAMVID).save(tmp_path / "mask.png")
     image = opened(tmp_path / "mask.png")
@@ -35,7 +41,8 @@ def test_a_panel_shows_image_mask_and_prediction_side_by_side():
     large = np.kron(IDS, np.ones((2, 2), int))  # a mask of twice the size
     panel = np.asarray(panel_image([(IMAGE, large, IDS[::-1])], CAMVID))
     expected = np.hstack([IMAGE, PALETTE[IDS], PALETTE[IDS[::-1]]])
-    np.testing.assert_array_equal(panel[-17:], expected)
+    np.testing.assert_array_equal(panel[:17, : 3 * 33], expected)
+    assert classes_in(panel[:, 3 * 33 :]) == [*range(1, 12)]
 
 
 def test_every_series_has_a_curve(tmp_path):
@@ -52,7 +59,11 @@ def test_every_series_has_a_curve(tmp_path):
 
 
 @pytest.mark.parametrize("shown", [[*range(1, 12)], [4, 9]])
-def test_a_legend_shows_these_classes_in_their_colours(shown):
-    image = np.array(draw_legend(Image.new("RGB", (480, 360), (10, 200, 10)), CAMVID, shown))
-    swatches = (image[..., None, :] == PALETTE).all(-1).sum((0, 1))
-    assert [i for i in range(1, 12) if swatches[i] > 50] == shown
+@pytest.mark.parametrize("size", [(480, 360), (96, 72), (40, 500), (500, 100)])
+def test_a_legend_shows_these_classes_in_their_colours(shown, size):
+    """In the image, or beside one that has no room for it."""
+    image = np.array(draw_legend(Image.new("RGB", size, (10, 200, 10)), CAMVID, shown))
+    assert classes_in(image) == shown
+    fits = size == (480, 360)
+    assert (image.shape == (360, 480, 3)) == fits
+    assert fits or (image[: size[1], : size[0]] == (10, 200, 10)).all()
