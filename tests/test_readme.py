@@ -134,8 +134,9 @@ def test_the_documented_loop_trains(folder, scenes):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(folder, monkeypatch, call):
-    """With fewer scenes and one epoch. Nothing is cloned or installed."""
+def test_the_notebook_runs(folder, monkeypatch, scenes, call):
+    """With fewer scenes and one epoch. Nothing is cloned, installed or downloaded."""
+    shutil.copytree(scenes, "data/CamVid")
     monkeypatch.setattr(train, "DEMO_SCENES", {"train": 2, "val": 2, "test": 3})
     shown = []
     names = {"display": lambda image: shown.append(image.copy())}
@@ -143,11 +144,14 @@ def test_the_notebook_runs(folder, monkeypatch, call):
         code = "".join(cell["source"])
         if "train.py" in code:
             code += " --epochs 1"
+        if "git clone" in code or "download" in code:
+            continue
         if code.startswith("!python"):
             assert call(*code.split()[1:])[0] == 0
-        elif cell["cell_type"] == "code" and not code.startswith("!"):
+        elif cell["cell_type"] == "code":
             exec(code, names)
-    assert len(shown) == 6
+    assert len(shown) == 7
+    assert shown[-1].width == 960
 
 
 @pytest.mark.slow
