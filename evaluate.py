@@ -153,7 +153,7 @@ def write_metrics(path: Path, args, scores: dict, data: DataSpec) -> None:
     classes = data.classes
     scored = classes.scored
     sizes = data.reports[args.split].sizes
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     metrics: dict = {
         "checkpoint": str(args.checkpoint),
         "data_root": str(args.data_root),
@@ -174,7 +174,7 @@ def write_metrics(path: Path, args, scores: dict, data: DataSpec) -> None:
     ]
     metrics["confusion_matrix"] = scores["confusion_matrix"][scored][:, scored].tolist()
     text = json.dumps(metrics, indent=2) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text))
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
     print(f"wrote {path}")
 
 

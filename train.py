@@ -115,6 +115,8 @@ def build_loaders(
     train_set = data.dataset("train", transform)
     val_set = data.dataset("val", eval_transform(**normalize), native_masks=True)
     options = loader_options(device, args.workers)
+    # Validation is short; on Windows and macOS each worker is an interpreter of its own.
+    val_options = options | {"num_workers": min(2, options["num_workers"])}
     options["persistent_workers"] = options["num_workers"] > 0
     sampler = EpochSampler(len(train_set), args.seed, rank, processes)
     whole_batches = len(train_set) >= args.batch_size * processes  # of one shape, compiled once
@@ -122,7 +124,7 @@ def build_loaders(
         train_set, args.batch_size, sampler=sampler, drop_last=whole_batches, **options
     )
     share = range(rank, len(val_set), processes)  # each image once, in one process
-    return train_loader, DataLoader(val_set, sampler=share, **options)
+    return train_loader, DataLoader(val_set, sampler=share, **val_options)
 
 
 def print_recipe(trainer: Trainer) -> None:

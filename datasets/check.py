@@ -47,7 +47,7 @@ def write_classes(args) -> None:
     splits = find_splits(args.data_root)[1]
     survey = survey_masks(pair.mask for pair in all_pairs(splits))
     text = "\n".join(class_table(args.data_root, survey)) + "\n"
-    write_file(table, lambda path: path.write_text(text))
+    write_file(table, lambda path: path.write_text(text, encoding="utf-8"))
     print(text, end="")
     print(f"wrote {table}; now name the classes in it, and name ignored classes Void")
 

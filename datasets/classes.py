@@ -159,7 +159,7 @@ def _read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text in UTF-8") from None
+        raise UserError(f"{path}: is not a text in UTF-8; in Excel, save it as CSV UTF-8") from None
     if path.suffix.lower() == ".csv":
         return _read_csv(path, lines)
     rows = []

@@ -2,7 +2,8 @@
 
     python -m datasets.download --out data/CamVid       11 classes at 480×360, 200 MB from GitHub
     python -m datasets.download --out data/CamVid32 --from archive.zip       an archive you have
-    python -m datasets.download --out data/CamVid32 --from 701_StillsRaw_full.zip labels.zip
+    python -m datasets.download --out data/CamVid32 \\
+        --from 701_StillsRaw_full.zip LabeledApproved_full.zip
 
 The archive may be that one, Kaggle's copy or the two of CamVid's own site (32 classes, 960×720).
 Kaggle's is split at random: neighbouring frames of one drive lie in train and test, and scores on

@@ -30,7 +30,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Write ``state`` and the format number. Raises UserError if the file cannot be written."""
     buffer = io.BytesIO()  # on a full disk, torch's own writer can abort the process
     torch.save({"format": FORMAT, **state}, buffer)
-    write_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    write_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), durable=True)
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from datasets.classes import ClassSet
 from metric import SegmentationMetric
 from support.command import Parser, UserError, number, progress
-from support.device import add_device_flags, sum_over_processes
+from support.device import add_device_flags, memory_format, sum_over_processes, to_device
 from support.images import FULL_RANGE, shrink
 
 # The rows and columns of a part of an image, and its probabilities (N, C, h, w).
@@ -75,7 +75,8 @@ class Predictor:
     tta: str = "none"
 
     def __post_init__(self):
-        self.model = self.model.to(self.device).to(memory_format=torch.channels_last).eval()
+        layout = memory_format(self.device, self.amp_dtype, 0)
+        self.model = self.model.to(self.device).to(memory_format=layout).eval()
         self.tile = self.tile or min(TILE, math.isqrt(MAX_PROBABILITIES // len(self.classes)))
 
     def prepare(self, image: np.ndarray) -> Tensor:
@@ -138,7 +139,7 @@ class Predictor:
 
     def _all_views(self, images: Tensor) -> Tensor:
         """The mean of the probabilities over the resized and mirrored views of the images."""
-        images = images.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
         size = images.shape[-2:]
         total: Any = 0
         for scale, flip in TTA[self.tta]:
@@ -200,13 +201,15 @@ def validate(
     there are none; under torchrun, those of the batches of all processes.
     Raises UserError if the network's outputs are not finite.
     """
+    torch.backends.cudnn.benchmark = False  # it would look for kernels for every size of image
     classes = predictor.classes
     metric = SegmentationMetric(len(classes), classes.ignore_index)
     loss = torch.zeros((), device=predictor.device)
     for images, masks in progress(loader, desc="val", unit="batch"):
-        masks = masks.to(predictor.device, non_blocking=True)
+        masks = to_device(masks, predictor.device)
         ids = torch.empty_like(masks, dtype=torch.uint8)
-        for window, prob in predictor.parts(images, masks.shape[-2:]):
+        height, width = masks.shape[-2:]
+        for window, prob in predictor.parts(images, (height, width)):
             ids[:, *window] = prob.max(1).indices
             mask = masks[:, *window]
             labelled = mask != classes.ignore_index

@@ -9,6 +9,7 @@ from support.command import UserError
 from support.images import IMAGE_SUFFIXES
 
 UNREADABLE = (".heic", ".heif", ".avif")
+LONGEST_NAME = 220  # bytes; file systems allow 255, and the names of the outputs are longer
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 
 
@@ -34,10 +35,14 @@ def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path], str]:
             found.update(map(Path, matches))
         else:
             raise UserError(f"{pattern}: no such file or folder")
+    long_names = {path for path in found if len(os.fsencode(path.name)) > LONGEST_NAME}
+    found -= long_names
     images = sorted(filter(is_image, found))
     videos = sorted(filter(is_video, found))
     kinds = Counter(path.suffix.lower() for path in found)
     unread = [f"{kinds[kind]} {kind} (convert to JPEG)" for kind in UNREADABLE if kinds[kind]]
+    if long_names:
+        unread.append(f"{len(long_names)} with a name of more than {LONGEST_NAME} bytes")
     left_out = ", ".join(unread + subfolders)
     line = f"left out: {left_out}" if left_out else ""
     if not images and not videos:

@@ -14,17 +14,19 @@ UNFINISHED = ".unfinished-"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, durable: bool = False) -> Iterator[Path]:
     """A path to write to, renamed to ``path`` when the block ends well.
 
     Readers never see half a file. Raises UserError if the file cannot be written, such as on a
     full disk; an earlier file then stays as it was.
+    durable: flush to the disk, so that after a power cut too the file is the old or the new one.
     """
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -33,9 +35,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
     """Call ``write`` with an `atomic_path`. Raises UserError as it does."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable) as temporary:
         write(temporary)
 
 

@@ -61,6 +61,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, one_thread):
     alone = Trainer(args, data, torch.device("cpu"), normalize, steps_per_epoch=2)
     alone.model.train()
     samplers = [EpochSampler(8, args.seed, rank, 2) for rank in range(2)]
+    losses = {1: [], 2: []}
     for epoch in (1, 2):
         for sampler in samplers:
             sampler.set_epoch(epoch)
@@ -69,7 +70,9 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, one_thread):
             for share in shares:
                 samples = [dataset[key] for key in share[2 * step : 2 * step + 2]]
                 images, masks = map(torch.stack, zip(*samples))
-                (alone.loss_fn(alone.model(images), masks) / 2).backward()
+                loss = alone.loss_fn(alone.model(images), masks)
+                losses[epoch].append(loss.item())
+                (loss / 2).backward()
             alone.optimizer.step()
             alone.optimizer.zero_grad()
             alone.scheduler.step()
@@ -80,6 +83,8 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, one_thread):
     for name, parameter in alone.ema.module.named_parameters():
         torch.testing.assert_close(last["state_dict"][name], parameter)
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
+    logged = [float(row["train_loss"]) for row in rows(tmp_path)]
+    assert logged == pytest.approx([np.mean(losses[1]), np.mean(losses[2])], rel=1e-4)
     masks = [np.asarray(opened(path)) for path in (root / "val_labels").iterdir()]
     labelled = sum(mask.any(-1).sum() for mask in masks)
     assert sum(last["scores"]["pixels"]) == labelled, "each image is scored once"

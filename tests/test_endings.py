@@ -213,6 +213,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(trained, tmp_
         ("train.py DATA --crop_size 8", "--crop_size 8"),
         ("train.py DATA --resume nowhere.pth", "nowhere.pth"),
         ("train.py DATA --resume moved_best.pth", "moved_last.pth"),
+        ("train.py DATA --resume .", "unet_last.pth"),
+        ("train.py DATA --device cpu:00", "--device cpu:00"),
         ("train.py DATA --num_classes 32", "--data_name camvid32"),
         ("train.py DATA --checkpoint printed/run", "printed/run"),
         ("evaluate.py DATA --split dev", "dev"),

@@ -169,6 +169,7 @@ def test_tensorboard_logs_every_epoch_of_a_run_in_two_parts_once(tmp_path, train
     [
         ("--scheduler step", "auto"),
         ("--scheduler onecycle --optimizer adamw", "checkpoint/unet_best.pth"),
+        ("--scheduler onecycle", "checkpoint"),
     ],
 )
 def test_a_finished_run_is_extended_by_its_stored_flags(

@@ -55,10 +55,11 @@ def start_processes(device: str) -> str:
         raise UserError(f"there are {gpus} GPUs; give --nproc_per_node {gpus}, or --device cpu")
     # The others wait while the main process reads the data, which may take hours.
     backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    own = None if device == "cpu" else torch.device("cuda", index)
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=own)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device if device == "cpu" else f"cuda:{index}"
+    return str(own or device)
 
 
 def end_processes() -> None:

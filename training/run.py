@@ -37,13 +37,16 @@ LOGGED_SCORES = ("loss", "miou", "pixel_accuracy")
 
 
 def resume_path(resume: str, folder: Path, model: str | None) -> Path | None:
-    """The ``_last.pth`` that --resume names; for a ``_best.pth``, the one beside it.
+    """The ``_last.pth`` that --resume names: a file, or the newest in a folder; for a
+    ``_best.pth``, the one beside it.
 
     auto: the newest in ``folder``, of ``model`` if one is given; None if there is none.
     """
     if resume == "auto":
         return newest(folder, f"{model or '[!.]*'}_last.pth")
     path = Path(resume)
+    if path.is_dir():
+        return newest(path, "[!.]*_last.pth") or path / "unet_last.pth"
     return path.with_name(path.name.replace("_best.pth", "_last.pth"))
 
 
@@ -137,7 +140,7 @@ class Run:
             if not self.args.resume:
                 self.archive()
             flags = json.dumps(self.config["train"], indent=2) + "\n"
-            write_file(self.path("args.json"), lambda path: path.write_text(flags))
+            write_file(self.path("args.json"), lambda path: path.write_text(flags, "utf-8"))
             if self.writer:
                 # purge_step drops what a killed run logged of the epoch that is repeated.
                 self.writer = self.writer(self.path("tensorboard"), purge_step=self.epoch + 1)
@@ -235,7 +238,7 @@ class Run:
         """Write the history as CSV; the scores of epochs that were not validated are empty."""
         columns = dict.fromkeys(key for row in self.history for key in row)
         log = self.path("log.csv")
-        with atomic_path(log) as temporary, open(temporary, "w", newline="") as file:
+        with atomic_path(log) as path, open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.history)

@@ -14,7 +14,7 @@ from inference.predictor import Predictor, fold_batch_norm
 from loss import SegmentationLoss, class_weights
 from model import MissingWeights, build_model
 from support.command import UserError, progress
-from support.device import memory_format, select_amp_dtype
+from support.device import memory_format, select_amp_dtype, sum_over_processes, to_device
 from training.distributed import replicate, share_buffers, world_size
 from training.recipe import build_optimizer, build_scheduler
 
@@ -87,6 +87,8 @@ class Trainer:
         ``images_per_second``. Raises UserError if the loss becomes NaN or infinite.
         """
         self.network.train()
+        # cuDNN looks for the fastest kernels, which pays where all batches have one size.
+        torch.backends.cudnn.benchmark = not self.args.deterministic
         losses = []
         images_seen = 0
         started = time.perf_counter()
@@ -98,7 +100,7 @@ class Trainer:
             if len(losses) % 20 == 0:  # not more often: reading the loss waits for the GPU
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         share_buffers(self.ema.module)
-        train_loss = torch.stack(losses).mean()
+        train_loss = sum_over_processes(torch.stack(losses).mean()) / world_size()
         if not train_loss.isfinite():  # waits for the GPU, so the time is right
             raise UserError("the loss became NaN or infinite; try a lower --lr or --clip_grad 1")
         speed = world_size() * images_seen / (time.perf_counter() - started)
@@ -106,8 +108,8 @@ class Trainer:
 
     def train_step(self, images: Tensor, masks: Tensor) -> Tensor:
         """One update of the weights, their average and the learning rate. Returns the loss."""
-        images = images.to(self.device, non_blocking=True)
-        masks = masks.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
+        masks = to_device(masks, self.device)
         with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
             logits = self.network(images)
         loss = self.loss_fn(logits, masks)
@@ -115,13 +117,11 @@ class Trainer:
         if self.args.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # changes nothing if gradients overflowed in fp16
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() >= scale:  # else gradients overflowed in fp16: no update
-            self.scheduler.step()
-            self.ema.update(self.model)
+        self.scheduler.step()
+        self.ema.update(self.model)
         return loss.detach()
 
     def predictor(self) -> Predictor:
