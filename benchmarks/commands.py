@@ -31,12 +31,13 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def predict(args) -> Iterator[Row]:
-    images = make_images(args.scratch / "images", 100)
+    count, runs = (4, 1) if args.smoke else (100, 3)
+    images = make_images(args.scratch / "images", count)
     flags = ("--image_dir", images, "--save_dir", args.scratch / "ours", "--checkpoint", SHIPPED)
     plain = (references.__file__, SHIPPED, images, args.scratch / "plain", DEVICE)
     yield from compare(
-        "predict.py, 100 images of 480×360",
-        3,
+        f"predict.py, {count} images of 480×360",
+        runs,
         lambda: command("predict.py", *flags),
         {"plain loop": lambda: command(*plain)},
     )

@@ -111,29 +111,48 @@ def step(args) -> Iterator[Row]:
 
 
 def gpu(args) -> Iterator[Row]:
-    """What needs a GPU: steps of width 64, waits for it, its masks, and a short training."""
-    if DEVICE.type != "cuda":
+    """What needs a GPU: a training, steps, waits, its masks. --smoke: a little of it on a CPU."""
+    if DEVICE.type == "cpu" and not args.smoke:
         return
-    torch.backends.cudnn.benchmark = True
-    count, size = 16, 16
+    count, size = (2, 2) if args.smoke else (16, 16)
     batches = random_batches(count, size)
-    plain = references.training_loop(build_model("unet", 12), batches, DEVICE, torch.float16)
-    ours = our_steps(args, batches)
-    for name, steps in (("", ours), (" --compile", our_steps(args, batches, "--compile"))):
-        stage = f"training step{name}, {size}×224×224, width 64"
-        yield from compare(stage, args.runs, steps, {"plain loop in fp16": plain}, count)
-    yield Row(f"waits for the GPU in {count} steps; the last reads the losses", waits(ours), "")
+    yield training(args)
+    for width in (4,) if args.smoke else (16, 32, 64):
+        for amp in ("bf16",) if args.smoke else ("fp16", "bf16"):
+            yield from gpu_steps(args, batches, width, amp)
     photo = np.array(generate_scene(0)[0])
     on_cpu = load_predictor(SHIPPED)[0].predict(photo)
     dtype = select_amp_dtype("auto", DEVICE)
     on_gpu = load_predictor(SHIPPED, device=DEVICE, amp_dtype=dtype)[0].predict(photo)
     yield Row("pixels equal to those of the CPU in float32", (on_gpu == on_cpu).mean().item(), "")
+
+
+def gpu_steps(args, batches: list, width: int, amp: str) -> Iterator[Row]:
+    """Steps with and without --compile against a plain loop, and the waits of one epoch."""
+    torch.backends.cudnn.benchmark = True
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+    model = build_model("unet", 12, width=width)
+    plain = references.training_loop(model, batches, DEVICE, dtype)
+    flags = ("--width", str(width), "--amp", amp)
+    ours = our_steps(args, batches, *flags)
+    variants = {"": ours}
+    if DEVICE.type == "cuda":
+        yield Row(f"waits for the GPU in {len(batches)} steps, {amp}", waits(ours), "")
+        variants[" --compile"] = our_steps(args, batches, *flags, "--compile")
+    for name, steps in variants.items():
+        stage = f"step, {len(batches[0][0])}×224×224, {' '.join(flags)}{name}"
+        yield from compare(stage, args.runs, steps, {"plain loop": plain}, len(batches))
+
+
+def training(args) -> Row:
+    """train.py with its defaults, for 60 epochs."""
     run = args.scratch / "run"
+    flags = ("--width", 4, "--epochs", 1) if args.smoke else ("--epochs", 60)
     started = time.perf_counter()
-    command("train.py", "--data_root", args.data_root, "--epochs", 5, "--checkpoint", run)
-    seconds = time.perf_counter() - started
+    command("train.py", "--data_root", args.data_root, "--checkpoint", run, *flags)
+    minutes = (time.perf_counter() - started) / 60
     miou = load_checkpoint(run / "unet_best.pth")["scores"]["miou"]
-    yield Row(f"train.py, five epochs, to val mIoU {miou:.3f}", seconds, "s")
+    return Row(f"train.py {' '.join(map(str, flags))}, to val mIoU {miou:.3f}", minutes, "min")
 
 
 def waits(run: Callable) -> int:

@@ -1,8 +1,10 @@
 """What others run gives what predict.py writes: ONNX files, half precision, torch.hub."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +138,23 @@ def test_masks_of_the_shipped_network_equal_those_of_the_plain_loop(scenes, tmp_
         plain = np.asarray(opened(path))
         ours = np.asarray(opened(tmp_path / "ours" / path.name).convert("RGB"))
         assert (ours == plain).all(-1).mean() > 0.999, "but for nearly equal probabilities"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_the_script_for_a_gpu_runs_on_a_cpu(scenes, tmp_path):
+    flags = ("--smoke", "--runs", "1", "--data_root", scenes, "--out", tmp_path / "bench.json")
+    path = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", REPO / "benchmarks" / "gpu.sh", *flags], env=environment, check=True)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["stage"].split()[0] for row in rows] == [
+        "predict.py,",
+        "train.py",
+        "step,",
+        "pixels",
+    ]
+    assert rows[-1]["ours"] > 0.99
 
 
 def test_the_benchmark_writes_its_rows_and_trains(scenes, tmp_path):

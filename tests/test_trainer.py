@@ -24,7 +24,7 @@ from training.trainer import Trainer, WeightAverage
 PLAIN = "--width 4 --amp off --loss ce --class_weights none --momentum 0 --weight_decay 0 --ema 0"
 # With one update an epoch: 0.1 × 0.01 (the warm-up), then 0.1 × 0.5, 0.25, 0.125 …
 HALVING = "--scheduler step --step_size 1 --gamma 0.5"
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+CUDA = (pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 
 
 def parse(flags: str):
