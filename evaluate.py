@@ -7,6 +7,7 @@ python evaluate.py --data_root data/CamVid runs/a runs/b        compares two run
 """
 
 import json
+import os
 import tomllib
 from argparse import Namespace
 from datetime import datetime
@@ -33,10 +34,11 @@ ROOT = Path(__file__).parent
 
 
 def main(args) -> None:
-    checkpoints = [find_checkpoint(path) for path in args.runs] or [args.checkpoint]
+    named = [find_checkpoint(path) for path in (args.checkpoint, *args.runs) if path]
+    checkpoints: list = named or [None]
     results = [evaluate(Namespace(**vars(args) | {"checkpoint": path})) for path in checkpoints]
     if len(results) > 1:
-        print(f"\n{comparison(checkpoints, results)}")
+        print(f"\n{comparison(named, results)}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,7 +71,10 @@ def open_run(args) -> tuple[Predictor, dict, DataSpec]:
 
 
 def evaluate(args) -> dict:
-    """Score args.checkpoint, print its table, write its files. Returns IoU by class, and mIoU."""
+    """Score args.checkpoint, print its table and write its files.
+
+    Returns the scores of `validate`, and the ``names`` of the classes.
+    """
     predictor, config, data = open_run(args)
     classes = data.classes
     dataset = data.dataset(args.split, eval_transform(**config["normalize"]), native_masks=True)
@@ -92,7 +97,7 @@ def evaluate(args) -> dict:
     if args.report:
         folder = args.report / name if args.runs else args.report
         print(f"wrote {report.write(folder, title, scores)}")
-    return dict(zip(classes.names, scores["iou"])) | {"mIoU": scores["miou"]}
+    return scores | {"names": classes.names}
 
 
 def print_shrunk(report: SplitReport, max_side: int) -> None:
@@ -107,9 +112,10 @@ def print_shrunk(report: SplitReport, max_side: int) -> None:
 
 
 def file_name(args) -> str:
-    """Of the files of an evaluation: such as checkpoint_unet_best_val."""
-    path = args.checkpoint.resolve()
-    parts = [path.parent.name, path.stem, args.split]
+    """Base name of the output files, such as checkpoint_unet_best_CamVid_val."""
+    path = Path(os.path.relpath(args.checkpoint)).with_suffix("")
+    parts = [part for part in path.parts if part != ".."]
+    parts += [args.data_root.resolve().name, args.split]
     if args.tta != "none":
         parts.append(args.tta)
     return "_".join(parts)
@@ -118,20 +124,22 @@ def file_name(args) -> str:
 def comparison(checkpoints: list[Path], results: list[dict]) -> str:
     """The IoU of each class for several checkpoints, mean and standard deviation, as text.
 
-    Raises UserError if they have different classes.
+    Raises UserError if their classes or images differ.
     """
+    first = results[0]
+    for path, scores in zip(checkpoints, results):
+        if scores["names"] != first["names"] or (scores["pixels"] != first["pixels"]).any():
+            raise UserError(f"{path}: has other classes or images than {checkpoints[0]}")
+    rows = {name: [scores["iou"][i] for scores in results] for i, name in enumerate(first["names"])}
+    rows["mIoU"] = [scores["miou"] for scores in results]
+    width = max(map(len, rows))
     lines = [f"{i}: {path}" for i, path in enumerate(checkpoints, 1)]
-    for path, result in zip(checkpoints, results):
-        if result.keys() != results[0].keys():
-            raise UserError(f"{path}: has other classes than {checkpoints[0]}")
-    width = max(map(len, results[0]))
     numbers = "".join(f"{i:>7}" for i in range(1, len(results) + 1))
-    lines.append(f"{'class':<{width}}{numbers}    mean ± standard deviation")
-    for name in results[0]:
-        values = np.array([result[name] for result in results])
+    lines.append(f"{'class':<{width}}{numbers}   mean ± standard deviation")
+    for name, values in rows.items():
         if not np.isnan(values).all():
             cells = "".join(f"{format_score(value):>7}" for value in values)
-            spread = f"{format_score(values.mean())} ± {format_score(values.std(ddof=1))}"
+            spread = f"{format_score(np.mean(values))} ± {format_score(np.std(values, ddof=1))}"
             lines.append(f"{name:<{width}}{cells}   {spread}")
     return "\n".join(lines)
 
@@ -155,8 +163,8 @@ def write_metrics(path: Path, args, scores: dict, data: DataSpec) -> None:
     sizes = data.reports[args.split].sizes
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     metrics: dict = {
-        "checkpoint": str(args.checkpoint),
-        "data_root": str(args.data_root),
+        "checkpoint": args.checkpoint.as_posix(),
+        "data_root": args.data_root.as_posix(),
         "split": args.split,
         "images": sizes.total(),
         "sizes": {f"{width}x{height}": count for (height, width), count in sizes.items()},
@@ -180,7 +188,7 @@ def write_metrics(path: Path, args, scores: dict, data: DataSpec) -> None:
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__)
-    runs_help = "checkpoints, or folders of runs, to compare; in place of --checkpoint"
+    runs_help = "checkpoints, or folders of runs, to compare"
     parser.add_argument("runs", type=Path, nargs="*", help=runs_help)
     add_data_flags(parser)
     add_inference_flags(parser)

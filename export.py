@@ -177,7 +177,7 @@ def main(args) -> None:
         raise UserError(
             f"--out {args.out}: the name must end in .onnx, or in .pth without --with_preprocessing"
         )
-    print(f"{checkpoint}: wrote {args.out}, {args.out.stat().st_size / 1e6:.1f} MB; {found}")
+    print(f"wrote {args.out} from {checkpoint}, {args.out.stat().st_size / 1e6:.1f} MB; {found}")
 
 
 if __name__ == "__main__":

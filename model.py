@@ -26,7 +26,7 @@ LITE_BLOCKS = (
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-# Factors of the channels and of the blocks, and how the SHA-256 of the ImageNet weights begins.
+# Factors of the channels and of the blocks, and the first digits of the weights' SHA-256.
 LITE = {
     "lite0": (1.0, 1.0, "57934424"),
     "lite1": (1.0, 1.1, "77cc7160"),
@@ -115,7 +115,7 @@ class UNet(nn.Module):
         return self.classifier(x)[..., :height, :width]
 
 
-# An encoder: stem (to 1/2 of H and W), pooling, stages (to 1/4 … 1/32), and channels of them all.
+# Stem (to 1/2 of H and W), pooling, stages (to 1/4 … 1/32), and the channels of each output.
 Encoder = tuple[nn.Module, nn.Module, nn.ModuleList, list[int]]
 
 
@@ -132,11 +132,11 @@ def resnet_encoder(name: str, pretrained: bool) -> Encoder:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A convolution of each channel on its own."""
+    """Depthwise convolution, in float32 where it trains on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.device.type == "cpu":
-            # In bf16, its gradients take five times as long as in float32 (oneDNN 3).
+            # In bf16, oneDNN computes its gradients five times slower.
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float())
         return super().forward(x)

@@ -84,6 +84,8 @@ def resolve_flags(args) -> tuple:
             setattr(args, flag, config[flag])
         if args.max_side is None:
             args.max_side = config["max_side"]  # objects have the size that its network knows
+        if args.encoder_lr is None:
+            args.encoder_lr = config["train"].get("encoder_lr")
     resolve_recipe(args)
     if args.resume:
         refuse_changes(args, checkpoint)
@@ -116,7 +118,9 @@ def build_loaders(
     val_set = data.dataset("val", eval_transform(**normalize), native_masks=True)
     options = loader_options(device, args.workers)
     # Validation is short; on Windows and macOS each worker is an interpreter of its own.
-    val_options = options | {"num_workers": min(2, options["num_workers"])}
+    val_options = dict(options)
+    if args.workers is None:
+        val_options["num_workers"] = min(2, options["num_workers"])
     options["persistent_workers"] = options["num_workers"] > 0
     sampler = EpochSampler(len(train_set), args.seed, rank, processes)
     whole_batches = len(train_set) >= args.batch_size * processes  # of one shape, compiled once
@@ -134,10 +138,12 @@ def print_recipe(trainer: Trainer) -> None:
     network = f"{args.model} of width {args.width}, {millions:.1f} M parameters"
     print(f"{network}, on {trainer.device} in {trainer.amp_dtype or torch.float32}")
     height, width = args.crop_size
+    crops = args.batch_size * distributed.world_size()
+    limit = f"at most {trainer.data.max_side} pixels" if trainer.data.max_side else "any size"
     print(
         f"{args.epochs} epochs of {trainer.steps_per_epoch} updates: {args.optimizer}, schedule "
-        f"{args.scheduler}, peak rate {args.lr:g}, {args.batch_size} crops of {width}×{height} "
-        f"from images of at most {trainer.data.max_side or 'any number of'} pixels",
+        f"{args.scheduler}, peak rate {args.lr:g}, {crops} crops of {width}×{height} from images "
+        f"of {limit}",
         flush=True,
     )
 

@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("stages", nargs="*", metavar="STAGE", help="all of: " + " ".join(STAGES))
     add("--data_root", type=Path, help="images with masks; if not given: generated ones")
     add("--runs", type=int, default=7, help="repetitions of the shorter stages")
-    add("--smoke", action="store_true", help="the stage gpu on a CPU, small, to try it")
+    add("--smoke", action="store_true", help="few and small runs, to try the stages")
     add("--out", type=Path, default=Path("bench.json"), help="JSON file to write")
     return parser
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in at most ten minutes: tests, training steps, prediction, a training.
+# What needs a GPU: tests, training steps, prediction, a training. It should take ten minutes.
 #   bash benchmarks/gpu.sh --data_root data/CamVid
 #   bash benchmarks/gpu.sh --smoke       on a CPU, small, to try the script
 set -euo pipefail

@@ -94,8 +94,11 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     else:
         classes = guess_classes(args, masks, sample)
     if args.num_classes not in (None, len(classes)):
-        fitting = [name for name, known in CLASS_SETS.items() if len(known) == args.num_classes]
-        others = "".join(f", or add --data_name {name}" for name in fitting)
+        others = "".join(
+            f", or add --data_name {name}"
+            for name, known in CLASS_SETS.items()
+            if len(known) == args.num_classes and not table
+        )
         raise UserError(
             f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
             f"classes; leave it out for these{others}"

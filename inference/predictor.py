@@ -161,7 +161,7 @@ def tile_spans(side: int, tile: int) -> list[tuple[slice, slice]]:
     Tiles overlap by at least a quarter, and their edges, where context is missing, are dropped.
     They begin at multiples of 32, so that the network's strides fall on the same pixels as in the
     whole image: with tiles of 960 the U-Net's output is exact, because its receptive field is
-    smaller than the 128 pixels that are dropped. That of ResNet encoders is larger.
+    smaller than the 128 pixels that are dropped. That of the other encoders is larger.
     tile: at least 64.
     """
     step = max(32, tile * 3 // 4 // 32 * 32)

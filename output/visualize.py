@@ -1,5 +1,6 @@
 """Pictures: masks, overlays, panels, training curves."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,19 +43,28 @@ def overlay_image(
     return overlay
 
 
-def legend_image(classes: ClassSet, shown: Sequence[int], row: int) -> Image.Image:
-    """The colours and names of the ``shown`` classes, in rows of that many pixels."""
+def legend_image(classes: ClassSet, shown: Sequence[int], row: int, height: int) -> Image.Image:
+    """The colours and names of the ``shown`` classes, in columns of at most ``height`` pixels.
+
+    row: pixels of a line.
+    """
     import matplotlib  # its font has more letters than Pillow's
 
     path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
     font = ImageFont.truetype(path, 0.7 * row)
-    width = 2.5 * row + max((font.getlength(classes.names[i]) for i in shown), default=0)
-    box = Image.new("RGB", (round(width), round((len(shown) + 0.5) * row)))
+    names = max((font.getlength(classes.names[i]) for i in shown), default=0)
+    width = round(2.5 * row + names)
+    lines = min(len(shown), max(1, (height - row // 2) // row))
+    columns = -(-len(shown) // lines) if shown else 0
+    box = Image.new("RGB", (columns * width, lines * row + row // 2))
     draw = ImageDraw.Draw(box)
     for k, i in enumerate(shown):
-        top = round((k + 0.25) * row)
-        draw.rectangle((row // 2, top + 1, 3 * row // 2, top + row - 2), fill=classes.colors[i])
-        draw.text((2 * row, top + row // 2), classes.names[i], "white", font, anchor="lm")
+        column, line = divmod(k, lines)
+        left = column * width + row // 2
+        top = line * row + row // 4
+        draw.rectangle((left, top + 1, left + row, top + row - 2), fill=classes.colors[i])
+        place = (left + 3 * row // 2, top + row // 2)
+        draw.text(place, classes.names[i], "white", font, anchor="lm")
     return box
 
 
@@ -70,8 +80,8 @@ def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> 
     """The image with a legend of the ``shown`` classes in its lower left corner, or to its right if
     it does not fit there.
     """
-    row = max(SMALLEST_ROW, image.height // 24)
-    legend = legend_image(classes, shown, row)
+    row = max(SMALLEST_ROW, image.height // max(24, len(shown) + 2))
+    legend = legend_image(classes, shown, row, image.height)
     is_small = image.height < 16 * SMALLEST_ROW  # and would be covered by it
     if is_small or legend.height + row > image.height or legend.width + row > image.width:
         return beside(image, legend)
@@ -94,8 +104,9 @@ def panel_image(
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             panel.paste(tile, (j * width, i * height))
         shown.update(np.unique(mask), np.unique(prediction))
-    legend = sorted(shown & {*classes.scored})
-    return beside(panel, legend_image(classes, legend, max(SMALLEST_ROW, height // 24)))
+    row = max(SMALLEST_ROW, height // 24)
+    legend = legend_image(classes, sorted(shown & {*classes.scored}), row, panel.height)
+    return beside(panel, legend)
 
 
 def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
@@ -103,22 +114,28 @@ def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
     # Imported here, to keep the start of the commands fast. A Figure needs no display.
     from matplotlib.figure import Figure
 
-    series: dict[str, list] = {
-        key: [(key, "tab:blue")] for key in ("train_loss", "val_loss", "val_miou", "lr")
-    }
-    series["IoU"] = [
-        (f"iou/{classes.names[i]}", np.divide(classes.colors[i], 255)) for i in classes.scored
-    ]
+    keys = ("train_loss", "val_loss", "val_miou", "lr")
     figure = Figure(layout="constrained", figsize=(19, 3.5))
-    for axes, (title, lines) in zip(figure.subplots(1, len(series)), series.items()):
-        for key, color in lines:
-            # Not every epoch is validated.
-            points = [(row["epoch"], row[key]) for row in history if key in row]
-            name = key.removeprefix("iou/")
-            axes.plot(*zip(*points), ".-", markersize=3, color=color, label=name)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    *panels, last = figure.subplots(1, len(keys) + 1)
+
+    def draw(axes, key: str, color="tab:blue"):
+        rows = [row for row in history if key in row]  # not every epoch is validated
+        epochs = [row["epoch"] for row in rows]
+        values = [row[key] for row in rows]
+        return axes.plot(epochs, values, ".-", markersize=3, color=color)[0]
+
+    for axes, key in zip(panels, keys):
+        draw(axes, key)
+        axes.set_title(key)
+    names = [classes.names[i] for i in classes.scored]
+    colors = [np.divide(classes.colors[i], 255) for i in classes.scored]
+    lines = [draw(last, f"iou/{name}", color) for name, color in zip(names, colors)]
+    last.set_title("IoU of each class")
+    if len(names) <= MAX_NAMES:
+        last.legend(lines, names, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.locator_params("x", integer=True)
         axes.grid(alpha=0.3)
-    if len(classes.scored) <= MAX_NAMES:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    write_file(path, figure.savefig)
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font does not have
+        write_file(path, figure.savefig)

@@ -154,7 +154,6 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(scenes, tmp_path):
         "step,",
         "pixels",
     ]
-    assert rows[-1]["ours"] > 0.99
 
 
 def test_the_benchmark_writes_its_rows_and_trains(scenes, tmp_path):

@@ -73,11 +73,9 @@ def test_a_run_leaves_its_files(trained):
     assert logged == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
-def test_the_normalization_of_a_network_is_that_of_its_checkpoint(
-    train, evaluate, scenes, tmp_path
-):
-    """0.5 for EfficientNet-Lite; that of --init_from for fine-tuning."""
-    train("--model unet_lite0")
+def test_fine_tuning_keeps_normalization_and_encoder_lr(train, evaluate, scenes, tmp_path):
+    """From scratch, the normalization is 0.5 for EfficientNet-Lite."""
+    train("--model unet_lite0 --encoder_lr 0.3")
     best = tmp_path / "checkpoint" / "unet_lite0_best.pth"
     checkpoint = torch.load(best)
     assert checkpoint["config"]["normalize"] == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -87,7 +85,9 @@ def test_the_normalization_of_a_network_is_that_of_its_checkpoint(
     checkpoint["config"]["normalize"] = own
     torch.save(checkpoint, tmp_path / "own.pth")
     train("--init_from own.pth --checkpoint tuned")
-    assert torch.load(tmp_path / "tuned" / "unet_lite0_best.pth")["config"]["normalize"] == own
+    config = torch.load(tmp_path / "tuned" / "unet_lite0_best.pth")["config"]
+    assert config["normalize"] == own
+    assert config["train"]["encoder_lr"] == 0.3
 
 
 def test_training_and_validation_images_are_normalized_alike(scenes):
@@ -120,10 +120,13 @@ def test_runs_are_compared_in_one_table(trained, scenes, tmp_path, call):
         (tmp_path / name).mkdir()
         torch.save(best, tmp_path / name / "unet_best.pth")
     flags = ("--data_root", scenes, "--split", "test", "--tta", "flip")
+    folder = scenes.name
     status, out, _ = call("evaluate.py", *flags, "a", "b/unet_best.pth")
     assert status == 0
     metrics = [
-        json.loads((tmp_path / "evaluation" / f"{name}_unet_best_test_flip.json").read_text())
+        json.loads(
+            (tmp_path / "evaluation" / f"{name}_unet_best_{folder}_test_flip.json").read_text()
+        )
         for name in "ab"
     ]
     first, second = (entry["miou"] for entry in metrics)

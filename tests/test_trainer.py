@@ -226,6 +226,8 @@ def test_the_encoder_learns_at_its_share_of_the_rate(flags, share):
     model = build_model(args.model, 12, width=4)
     optimizer = build_optimizer(args, model)
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    # Of checkpoints before --encoder_lr, which are resumed: kernels, and all others.
+    assert len(optimizer.param_groups) == (2 if share == 1 else 4)
     for name, p in model.named_parameters():
         in_decoder = name.startswith(("decoder", "classifier"))
         assert rates[p] == pytest.approx(0.5 if in_decoder else 0.5 * share), name

@@ -5,7 +5,7 @@ import pytest
 from conftest import PALETTE, opened
 from PIL import Image
 
-from datasets.classes import CAMVID
+from datasets.classes import CAMVID, CAMVID32
 from output.visualize import draw_legend, mask_image, overlay_image, panel_image, save_curves
 
 IDS = np.random.default_rng(0).permutation(17 * 33).reshape(17, 33) % 12
@@ -56,6 +56,14 @@ def test_every_series_has_a_curve(tmp_path):
     every = colored(row)
     for key in row:
         assert colored(row | {key: np.nan}) < every - 100, key
+
+
+def test_a_legend_of_many_classes_leaves_the_height_and_has_columns():
+    image = Image.new("RGB", (100, 150))
+    legend = draw_legend(image, CAMVID32, CAMVID32.scored)
+    assert legend.height == 150
+    colors = {*map(tuple, np.array(legend)[:, 100:].reshape(-1, 3).tolist())}
+    assert colors >= {CAMVID32.colors[i] for i in CAMVID32.scored}
 
 
 @pytest.mark.parametrize("shown", [[*range(1, 12)], [4, 9]])

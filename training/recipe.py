@@ -89,15 +89,16 @@ def build_optimizer(args, model: nn.Module) -> Optimizer:
     The encoder learns at ``encoder_lr`` times the rate. Weight decay is applied to convolution
     weights, not to norms and biases.
     """
-    parts = ("stem.", "encoder.")
-    encoder = [p for name, p in model.named_parameters() if name.startswith(parts)]
-    others = [p for name, p in model.named_parameters() if not name.startswith(parts)]
-    groups = []
-    for params, lr in ((others, args.lr), (encoder, args.lr * args.encoder_lr)):
-        kernels = [p for p in params if p.ndim > 1]
-        rest = [p for p in params if p.ndim <= 1]
-        groups.append({"params": kernels, "lr": lr, "weight_decay": args.weight_decay})
-        groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
+    parameters: dict[tuple[float, float], list] = {}  # by learning rate and weight decay
+    for name, p in model.named_parameters():
+        in_encoder = name.startswith(("stem.", "encoder."))
+        lr = args.lr * args.encoder_lr if in_encoder else args.lr
+        decay = args.weight_decay if p.ndim > 1 else 0.0
+        parameters.setdefault((lr, decay), []).append(p)
+    groups = [
+        {"params": params, "lr": lr, "weight_decay": decay}
+        for (lr, decay), params in parameters.items()
+    ]
     if args.optimizer == "adamw":
         return AdamW(groups, args.lr, fused=True)
     optimizer = SGD(groups, args.lr, args.momentum, nesterov=args.momentum > 0, fused=True)

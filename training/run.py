@@ -37,16 +37,17 @@ LOGGED_SCORES = ("loss", "miou", "pixel_accuracy")
 
 
 def resume_path(resume: str, folder: Path, model: str | None) -> Path | None:
-    """The ``_last.pth`` that --resume names: a file, or the newest in a folder; for a
-    ``_best.pth``, the one beside it.
+    """The ``_last.pth`` that --resume names: a file, or the newest in a folder, of ``model`` if one
+    is given; for a ``_best.pth``, the one beside it.
 
-    auto: the newest in ``folder``, of ``model`` if one is given; None if there is none.
+    auto: the newest in ``folder``; None if there is none.
     """
+    pattern = f"{model or '[!.]*'}_last.pth"
     if resume == "auto":
-        return newest(folder, f"{model or '[!.]*'}_last.pth")
+        return newest(folder, pattern)
     path = Path(resume)
     if path.is_dir():
-        return newest(path, "[!.]*_last.pth") or path / "unet_last.pth"
+        return newest(path, pattern) or path / f"{model or 'unet'}_last.pth"
     return path.with_name(path.name.replace("_best.pth", "_last.pth"))
 
 
@@ -171,7 +172,7 @@ class Run:
                 )
         try:
             trainer.load_state_dict(state)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             reason = shorten(str(error), 200)
             raise UserError(f"{self.args.resume}: does not fit the network ({reason})") from None
         self.history = state["history"]
@@ -279,7 +280,7 @@ class Run:
         data = shlex.quote(str(self.args.data_root))
         classes = self.data.classes
         scores = load_checkpoint(path)["scores"]
-        print(f"\n{self.epoch} epochs took {self.minutes:.1f} minutes; the best one, {best}:")
+        print(f"\n{self.epoch} epochs took {self.minutes:.1f} minutes; the best is in {best}:")
         print(score_table(scores, classes.names, classes.ignore_index))
         print(f"\npictures: {self.path('panel.png')}, {self.path('curves.png')}\nnext:")
         print(f"  python predict.py --image_dir IMAGES --checkpoint {best}")

@@ -61,7 +61,8 @@ class Trainer:
         self.amp_dtype = select_amp_dtype(args.amp, device)
         self.steps_per_epoch = steps_per_epoch
         torch.manual_seed(args.seed)
-        options = {"pretrained": True} if args.pretrained and not args.resume else {}
+        is_new = not args.resume and not args.init_from
+        options = {"pretrained": True} if args.pretrained and is_new else {}
         try:
             self.model = build_model(args.model, len(data.classes), width=args.width, **options)
         except MissingWeights as error:
@@ -94,7 +95,7 @@ class Trainer:
         started = time.perf_counter()
         bar = progress(loader, desc="train", unit="batch")
         for images, masks in bar:
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.optimizer.param_groups[-1]["lr"]  # not that of the encoder
             losses.append(self.train_step(images, masks))
             images_seen += len(images)
             if len(losses) % 20 == 0:  # not more often: reading the loss waits for the GPU
