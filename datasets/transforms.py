@@ -1,6 +1,5 @@
 """From an image and mask as read to tensors: augmented for training, normalised for evaluation."""
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -32,7 +31,7 @@ def train_transform(
     There is no vertical flip: streets are upright.
     """
     padding: dict = {"fill": [round(255 * value) for value in mean], "fill_mask": ignore_index}
-    least = math.ceil(1 / scale[0])  # pixels of which one remains at the lowest scale
+    least = 1 + int(1 / scale[0])  # pixels of which one remains at the lowest scale
     return A.Compose(
         [
             A.PadIfNeeded(least, least, **padding),

@@ -75,6 +75,14 @@ def test_both_sides_are_scaled_alike_and_padding_is_ignored(low, high):
     assert max(factors) > high - 0.2 * (high - low)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 5)])
+@pytest.mark.parametrize("scale", [0.1, 0.4])
+def test_tiny_images_keep_a_pixel_at_every_scale(size, scale):
+    ids = np.full(size, 7, np.uint8)
+    for _, mask in draw(5, ids, (40, 50), scale=(scale, scale)):
+        assert (mask == 7).any()
+
+
 def test_crops_reach_every_part():
     masks = [mask for _, mask in draw(40, CENTRE, (50, 50), scale=(1, 1))]
     corners = np.array([np.argwhere(mask == 9)[0] for mask in masks])
