@@ -81,7 +81,9 @@ class Predictor:
 
     def prepare(self, image: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 RGB -> (1, 3, *limited_size) normalised float32 on the device."""
-        x = torch.from_numpy(shrink(image, self.max_side)).to(self.device)
+        # A copy where it is read-only, as np.asarray(Image) is: torch would warn.
+        small = np.require(shrink(image, self.max_side), requirements="W")
+        x = torch.from_numpy(small).to(self.device)
         mean, std = torch.tensor([self.mean, self.std], device=self.device)
         return x.float().div_(255).sub_(mean).div_(std).permute(2, 0, 1)[None]
 

@@ -92,6 +92,12 @@ def test_longer_images_are_shrunk_to_max_side_and_the_probabilities_enlarged(siz
     assert (predictor.predict(image) == prob[0].argmax(0).numpy()).mean() > 0.999
 
 
+def test_read_only_arrays_are_predicted_without_a_warning():
+    image = np.zeros((4, 5, 3), np.uint8)
+    image.flags.writeable = False
+    assert random_predictor().predict(image).shape == (4, 5)
+
+
 def test_outputs_that_are_not_finite_are_an_error():
     predictor = random_predictor()
     predictor.model.classifier.weight.data.fill_(torch.inf)
