@@ -57,6 +57,7 @@ def open_run(args) -> tuple[Predictor, dict, DataSpec]:
     chosen = "" if args.checkpoint else " (the newest in checkpoint/; --checkpoint names another)"
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
+    args.trained_side = config["max_side"]
     args.split = split_name(args.split) or args.split
     take_flags_of_training(args, config["train"])
     data = open_data(args, [args.split], config)
@@ -118,6 +119,8 @@ def file_name(args) -> str:
     parts += [args.data_root.resolve().name, args.split]
     if args.tta != "none":
         parts.append(args.tta)
+    if args.max_side != args.trained_side:
+        parts.append(f"max_side_{args.max_side}")
     return "_".join(parts)
 
 

@@ -109,7 +109,7 @@ def main(args) -> None:
             )
         shutil.rmtree(unpacked)
         (root / "archive.zip").unlink(missing_ok=True)
-    print(f"CamVid is in {args.out}; now: python train.py --data_root {args.out}")
+    print(f"CamVid is in {args.out}; now: python train.py --data_root {args.out} --max_side 480")
 
 
 if __name__ == "__main__":
