@@ -21,7 +21,7 @@ from datasets.flags import add_data_flags, open_data
 from datasets.layouts import split_name
 from datasets.spec import DataSpec, SplitReport
 from datasets.transforms import eval_transform
-from inference.checkpoints import newest, open_predictor
+from inference.checkpoints import newest_best, open_predictor
 from inference.predictor import Predictor, add_inference_flags, validate
 from metric import format_score, score_table
 from output.report import Report, plain
@@ -43,7 +43,7 @@ def main(args) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint, or the best one in the folder of a run. Raises UserError if there is none."""
-    found = newest(path, "[!.]*_best.pth") if path.is_dir() else path
+    found = newest_best(path) if path.is_dir() else path
     if found is None:
         raise UserError(f"{path}: has no *_best.pth; name a checkpoint or the folder of a run")
     return found
@@ -57,7 +57,6 @@ def open_run(args) -> tuple[Predictor, dict, DataSpec]:
     chosen = "" if args.checkpoint else " (the newest in checkpoint/; --checkpoint names another)"
     predictor, config = open_predictor(args)
     args.max_side = predictor.max_side
-    args.trained_side = config["max_side"]
     args.split = split_name(args.split) or args.split
     take_flags_of_training(args, config["train"])
     data = open_data(args, [args.split], config)
@@ -93,7 +92,7 @@ def evaluate(args) -> dict:
     print(f"{title}, {len(dataset)} images")
     print(score_table(scores, classes.names, classes.ignore_index))
     print_shrunk(data.reports[args.split], args.max_side)
-    name = file_name(args)
+    name = file_name(args, config["max_side"])
     write_metrics(args.save_dir / f"{name}.json", args, scores, data)
     if args.report:
         folder = args.report / name if args.runs else args.report
@@ -112,14 +111,17 @@ def print_shrunk(report: SplitReport, max_side: int) -> None:
         )
 
 
-def file_name(args) -> str:
-    """Base name of the output files, such as checkpoint_unet_best_CamVid_val."""
+def file_name(args, trained_side: int) -> str:
+    """Base name of the output files, such as checkpoint_unet_best_CamVid_val.
+
+    trained_side: max_side of the training; another one is part of the name.
+    """
     path = Path(os.path.relpath(args.checkpoint)).with_suffix("")
     parts = [part for part in path.parts if part != ".."]
     parts += [args.data_root.resolve().name, args.split]
     if args.tta != "none":
         parts.append(args.tta)
-    if args.max_side != args.trained_side:
+    if args.max_side != trained_side:
         parts.append(f"max_side_{args.max_side}")
     return "_".join(parts)
 

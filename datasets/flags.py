@@ -94,11 +94,7 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     else:
         classes = guess_classes(args, masks, sample)
     if args.num_classes not in (None, len(classes)):
-        others = "".join(
-            f", or add --data_name {name}"
-            for name, known in CLASS_SETS.items()
-            if len(known) == args.num_classes and not table
-        )
+        others = "" if table else class_sets_of(args.num_classes)
         raise UserError(
             f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
             f"classes; leave it out for these{others}"
@@ -111,6 +107,12 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     else:
         value_range = find_value_range([pair.image for pair in pairs])
     return DataSpec(root, classes, label_format, args.max_side or 0, value_range, splits)
+
+
+def class_sets_of(count: int) -> str:
+    """What to add to a sentence for the class sets of ``count`` classes; empty without any."""
+    names = [name for name, known in CLASS_SETS.items() if len(known) == count]
+    return "".join(f", or add --data_name {name}" for name in names)
 
 
 def with_aliases(trained: ClassSet) -> ClassSet:

@@ -151,9 +151,14 @@ def newest(folder: Path, pattern: str) -> Path | None:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
 
 
+def newest_best(folder: Path) -> Path | None:
+    """The newest ``*_best.pth`` of a folder, if there is one."""
+    return newest(folder, "[!.]*_best.pth")
+
+
 def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
     """The newest ``*_best.pth`` of a folder, else the shipped weights."""
-    return newest(folder, "[!.]*_best.pth") or SHIPPED
+    return newest_best(folder) or SHIPPED
 
 
 def release(source: Path, target: Path) -> None:
