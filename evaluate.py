@@ -7,7 +7,6 @@ python evaluate.py --data_root data/CamVid runs/a runs/b        compares two run
 """
 
 import json
-import os
 import tomllib
 from argparse import Namespace
 from datetime import datetime
@@ -21,13 +20,13 @@ from datasets.flags import add_data_flags, open_data
 from datasets.layouts import split_name
 from datasets.spec import DataSpec, SplitReport
 from datasets.transforms import eval_transform
-from inference.checkpoints import newest_best, open_predictor
+from inference.checkpoints import load_checkpoint, newest_best, open_predictor, read_config
 from inference.predictor import Predictor, add_inference_flags, validate
 from metric import format_score, score_table
 from output.report import Report, plain
 from support.command import Parser, UserError, number, run_command
 from support.device import loader_options
-from support.files import make_folder, write_file
+from support.files import local_path, make_folder, write_file
 from support.images import limited_size
 
 ROOT = Path(__file__).parent
@@ -35,6 +34,7 @@ ROOT = Path(__file__).parent
 
 def main(args) -> None:
     named = [find_checkpoint(path) for path in (args.checkpoint, *args.runs) if path]
+    refuse_other_classes(named)
     checkpoints: list = named or [None]
     results = [evaluate(Namespace(**vars(args) | {"checkpoint": path})) for path in checkpoints]
     if len(results) > 1:
@@ -47,6 +47,14 @@ def find_checkpoint(path: Path) -> Path:
     if found is None:
         raise UserError(f"{path}: has no *_best.pth; name a checkpoint or the folder of a run")
     return found
+
+
+def refuse_other_classes(checkpoints: list[Path]) -> None:
+    """Raises UserError if checkpoints that are to be compared have different classes."""
+    names = [read_config(path, load_checkpoint(path))["classes"].names for path in checkpoints]
+    for path, others in zip(checkpoints, names):
+        if others != names[0]:
+            raise UserError(f"{path}: has other classes than {checkpoints[0]}")
 
 
 def open_run(args) -> tuple[Predictor, dict, DataSpec]:
@@ -107,7 +115,7 @@ def print_shrunk(report: SplitReport, max_side: int) -> None:
     if shrunk:
         print(
             f"{shrunk} of them were shrunk to {max_side} pixels on the longer side; "
-            f"--max_side 0 takes images at their own size"
+            f"--max_side 0 is for large images whose objects have the size of those in training"
         )
 
 
@@ -116,8 +124,8 @@ def file_name(args, trained_side: int) -> str:
 
     trained_side: max_side of the training; another one is part of the name.
     """
-    path = Path(os.path.relpath(args.checkpoint)).with_suffix("")
-    parts = [part for part in path.parts if part != ".."]
+    path = local_path(args.checkpoint.resolve()).with_suffix("")
+    parts = list(path.relative_to(path.anchor).parts)
     parts += [args.data_root.resolve().name, args.split]
     if args.tta != "none":
         parts.append(args.tta)
@@ -129,12 +137,12 @@ def file_name(args, trained_side: int) -> str:
 def comparison(checkpoints: list[Path], results: list[dict]) -> str:
     """The IoU of each class for several checkpoints, mean and standard deviation, as text.
 
-    Raises UserError if their classes or images differ.
+    results: of their `evaluate`. Raises UserError if the images differ.
     """
     first = results[0]
     for path, scores in zip(checkpoints, results):
-        if scores["names"] != first["names"] or (scores["pixels"] != first["pixels"]).any():
-            raise UserError(f"{path}: has other classes or images than {checkpoints[0]}")
+        if (scores["pixels"] != first["pixels"]).any():
+            raise UserError(f"{path}: was scored on other images than {checkpoints[0]}")
     rows = {name: [scores["iou"][i] for scores in results] for i, name in enumerate(first["names"])}
     rows["mIoU"] = [scores["miou"] for scores in results]
     width = max(map(len, rows))

@@ -128,8 +128,8 @@ def predict_folder(images: list[Path], predictor: Predictor, args) -> int:
         print(f"wrote {report.write(args.report, title, pixels=pixels)}")
     if shrunk:
         print(
-            f"{shrunk} of them at {predictor.max_side} pixels on the longer side, enlarged "
-            f"again; --max_side 0 takes images at their own size"
+            f"{shrunk} of them were predicted at {predictor.max_side} pixels on the longer side, "
+            f"and their masks enlarged"
         )
     unreadable = len(names) - written
     if unreadable:

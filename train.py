@@ -32,7 +32,7 @@ DEMO_SCENES = {"train": 300, "val": 40, "test": 8}
 DEMO_SIZE = (192, 144)
 DEMO = """--data_root checkpoint/demo/scenes --checkpoint checkpoint/demo --width 8 --epochs 12
 --batch_size 2 --crop_size 144 192 --scale 1 1 --jitter 0 --optimizer adamw --lr 0.006
---weight_decay 0.01 --class_weights none --workers 1"""
+--scheduler onecycle --weight_decay 0.01 --class_weights none --workers 1"""
 LARGE = 1500  # pixels of the longer side of a photograph
 RESUME_HELP = """continue the run of a _last.pth, in its folder and with its flags; auto: the one in
 --checkpoint, if there is one"""
@@ -141,9 +141,9 @@ def print_recipe(trainer: Trainer) -> None:
     crops = args.batch_size * distributed.world_size()
     limit = f"at most {trainer.data.max_side} pixels" if trainer.data.max_side else "any size"
     print(
-        f"{args.epochs} epochs of {trainer.steps_per_epoch} updates: {args.optimizer}, schedule "
-        f"{args.scheduler}, peak rate {args.lr:g}, {crops} crops of {width}×{height} from images "
-        f"of {limit}",
+        f"epochs {args.epochs}, each of {trainer.steps_per_epoch} updates; optimizer "
+        f"{args.optimizer}; schedule {args.scheduler}; peak learning rate {args.lr:g}; {crops} "
+        f"crops of {width}×{height} from images of {limit}",
         flush=True,
     )
 

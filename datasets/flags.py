@@ -51,6 +51,7 @@ def open_data(
     trained: of `describe_data`. Raises UserError with all problems, one a line.
     """
     data = describe_data(args, trained)
+    print(f"reading {data.root}", flush=True)
     reports = data.check(splits)
     problems = data.problems(reports)
     if len(problems) > 1:
@@ -60,6 +61,7 @@ def open_data(
     for report in reports.values():
         print(f"{report.split}: {len(report.pairs)} images", *report.lines(), sep="\n")
     print(class_line(data, reports[splits[0]]))
+    warn_of_split(data.splits)
     if data.value_range != FULL_RANGE:
         low, high = data.value_range
         print(f"16-bit images: values from {low} to {high} become 0 to 255")
@@ -88,13 +90,13 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     elif table:
         classes = ClassSet.from_file(table)
     elif trained:
-        classes = with_aliases(trained["classes"])
+        classes = trained_classes(trained["classes"], root, sample)
     elif layout.class_set:
         classes = CLASS_SETS[layout.class_set]
     else:
         classes = guess_classes(args, masks, sample)
     if args.num_classes not in (None, len(classes)):
-        others = "" if table else class_sets_of(args.num_classes)
+        others = "" if table else class_sets_of(args.num_classes, classes)
         raise UserError(
             f"--num_classes {args.num_classes}: {classes.source or root} has {len(classes)} "
             f"classes; leave it out for these{others}"
@@ -109,16 +111,41 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     return DataSpec(root, classes, label_format, args.max_side or 0, value_range, splits)
 
 
-def class_sets_of(count: int) -> str:
-    """What to add to a sentence for the class sets of ``count`` classes; empty without any."""
-    names = [name for name, known in CLASS_SETS.items() if len(known) == count]
+def class_sets_of(count: int, given: ClassSet) -> str:
+    """What to add to a sentence for other class sets of ``count`` classes; empty without any."""
+    names = [
+        name
+        for name, known in CLASS_SETS.items()
+        if known != given and count in (len(known), len(known.scored))
+    ]
     return "".join(f", or add --data_name {name}" for name in names)
 
 
-def with_aliases(trained: ClassSet) -> ClassSet:
-    """The class set of a checkpoint, which has no aliases, with those of a known dataset."""
+def warn_of_split(splits: dict[str, Split]) -> None:
+    """Warn of CamVid frames that are not in the literature's split."""
+    images = [pair.image for name in splits.keys() - {"train"} for pair in splits[name].pairs]
+    moved = sum(standard_split(image.stem) == "train" for image in images)
+    if moved:  # as most are in Kaggle's copy, which is split at random
+        print(
+            f"warning: the literature trains on {moved} frames that are not in train here; with "
+            f"their neighbours in train, scores are too high; python -m datasets.download --from "
+            f"ARCHIVE restores the standard split"
+        )
+
+
+def trained_classes(trained: ClassSet, root: Path, sample: Survey) -> ClassSet:
+    """The class set of a checkpoint, which has no aliases, with those of a known dataset.
+
+    sample: of the masks. Raises UserError if they have other colours.
+    """
     known = (classes for classes in CLASS_SETS.values() if replace(classes, aliases=()) == trained)
-    return next(known, trained)
+    classes = next(known, trained)
+    if detect_format(sample, classes) == "rgb" and not fits(sample, classes):
+        raise UserError(
+            f"{root}: its masks have other colours than the classes of the checkpoint, "
+            f"{', '.join(trained.names)}; give a --checkpoint that was trained on such masks"
+        )
+    return classes
 
 
 def class_file(root: Path, splits: dict[str, Split]) -> Path | None:
@@ -162,10 +189,15 @@ def guess_classes(args, masks: list[Path], sample: Survey) -> ClassSet:
 def holds_camvid(survey: Survey) -> bool:
     """Whether masks have at least half of CamVid's classes, and few pixels of other colours."""
     present = {i for color, i in CAMVID.known_colors.items() if survey.colors[packed(color)]}
-    unknown = survey.unknown(CAMVID)
+    return len(present & {*CAMVID.scored}) > 5 and fits(survey, CAMVID)
+
+
+def fits(survey: Survey, classes: ClassSet) -> bool:
+    """Whether less than a quarter of the masks' pixels has colours of no class."""
+    unknown = survey.unknown(classes)
     if survey.are_blended():
-        unknown = survey.strange_colors(CAMVID)
-    return len(present & {*CAMVID.scored}) > 5 and unknown.total() < survey.pixels / 4
+        unknown = survey.strange_colors(classes)
+    return not survey.pixels or unknown.total() < survey.pixels / 4
 
 
 def find_value_range(images: Sequence[Path]) -> tuple[int, int]:

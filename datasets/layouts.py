@@ -98,8 +98,12 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
     Raises UserError if the folder has none of the layouts.
     """
     if not root.is_dir():
-        remedy = "; unpack it first" if root.is_file() else ""
-        raise UserError(f"{root}: is not a folder{remedy}")
+        if root.is_file():
+            raise UserError(f"{root}: is not a folder; unpack it first")
+        raise UserError(
+            f"{root}: no such folder; python -m datasets.download --out {root} downloads CamVid "
+            f"into it"
+        )
     found = match_layout(root)
     if found is None:
         if inner := inner_data(root):

@@ -18,7 +18,7 @@ from inference.predictor import Predictor, fold_batch_norm
 from model import MODEL_NAMES, build_model
 from support.command import UserError
 from support.device import select_amp_dtype, select_device
-from support.files import write_file
+from support.files import local_path, write_file
 from support.images import FULL_RANGE
 
 FORMAT = 2
@@ -40,7 +40,9 @@ def load_checkpoint(path: Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file; train one with train.py")
+        raise UserError(
+            f"{path}: no such checkpoint; train.py writes one; {local_path(SHIPPED)} is included"
+        )
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksums
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -158,7 +160,7 @@ def newest_best(folder: Path) -> Path | None:
 
 def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
     """The newest ``*_best.pth`` of a folder, else the shipped weights."""
-    return newest_best(folder) or SHIPPED
+    return newest_best(folder) or local_path(SHIPPED)
 
 
 def release(source: Path, target: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from datasets.classes import ClassSet
 from support.files import write_file
 
-MAX_NAMES = 20  # of classes that are listed beside the curves
+COLUMN = 20  # class names in a column beside the curves
+TITLES = ("image", "mask", "prediction")  # of the columns of a panel
 SMALLEST_ROW = 12  # pixels of a row of a legend
 STRIP = 256  # rows of an overlay that are blended at a time, to save memory
 
@@ -43,15 +44,20 @@ def overlay_image(
     return overlay
 
 
+def load_font(size: float) -> ImageFont.FreeTypeFont:
+    """Matplotlib's font, which has more letters than Pillow's. size: in pixels."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    return ImageFont.truetype(path, size)
+
+
 def legend_image(classes: ClassSet, shown: Sequence[int], row: int, height: int) -> Image.Image:
     """The colours and names of the ``shown`` classes, in columns of at most ``height`` pixels.
 
     row: pixels of a line.
     """
-    import matplotlib  # its font has more letters than Pillow's
-
-    path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-    font = ImageFont.truetype(path, 0.7 * row)
+    font = load_font(0.7 * row)
     names = max((font.getlength(classes.names[i]) for i in shown), default=0)
     width = round(2.5 * row + names)
     lines = min(len(shown), max(1, (height - row // 2) // row))
@@ -62,7 +68,8 @@ def legend_image(classes: ClassSet, shown: Sequence[int], row: int, height: int)
         column, line = divmod(k, lines)
         left = column * width + row // 2
         top = line * row + row // 4
-        draw.rectangle((left, top + 1, left + row, top + row - 2), fill=classes.colors[i])
+        swatch = (left, top + 1, left + row, top + row - 2)
+        draw.rectangle(swatch, fill=classes.colors[i], outline="gray")
         place = (left + 3 * row // 2, top + row // 2)
         draw.text(place, classes.names[i], "white", font, anchor="lm")
     return box
@@ -92,19 +99,24 @@ def draw_legend(image: Image.Image, classes: ClassSet, shown: Sequence[int]) -> 
 def panel_image(
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: ClassSet
 ) -> Image.Image:
-    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side, and a legend.
+    """Rows of (image (H, W, 3) uint8, mask and prediction class ids), side by side under titles,
+    and a legend.
 
     All are shown at the size of the first image.
     """
     height, width = rows[0][0].shape[:2]
+    row = max(SMALLEST_ROW, height // 24)
     shown: set[int] = set()
-    panel = Image.new("RGB", (3 * width, len(rows) * height))
+    panel = Image.new("RGB", (3 * width, row + len(rows) * height))
+    draw = ImageDraw.Draw(panel)
+    for j, title in enumerate(TITLES):
+        place = (j * width + width // 2, row // 2)
+        draw.text(place, title, "white", load_font(0.7 * row), anchor="mm")
     for i, (image, mask, prediction) in enumerate(rows):
         for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            panel.paste(tile, (j * width, i * height))
+            panel.paste(tile, (j * width, row + i * height))
         shown.update(np.unique(mask), np.unique(prediction))
-    row = max(SMALLEST_ROW, height // 24)
     legend = legend_image(classes, sorted(shown & {*classes.scored}), row, panel.height)
     return beside(panel, legend)
 
@@ -113,6 +125,7 @@ def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
     """Losses, mIoU, IoU per class in the class's colour, and learning rate by epoch, as a PNG."""
     # Imported here, to keep the start of the commands fast. A Figure needs no display.
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     keys = ("train_loss", "val_loss", "val_miou", "lr")
     figure = Figure(layout="constrained", figsize=(19, 3.5))
@@ -130,9 +143,13 @@ def save_curves(history: list[dict], path: Path, classes: ClassSet) -> None:
     names = [classes.names[i] for i in classes.scored]
     colors = [np.divide(classes.colors[i], 255) for i in classes.scored]
     lines = [draw(last, f"iou/{name}", color) for name, color in zip(names, colors)]
+    for line in lines:
+        line.set_path_effects([withStroke(linewidth=2.5, foreground="gray")])  # shows white too
     last.set_title("IoU of each class")
-    if len(names) <= MAX_NAMES:
-        last.legend(lines, names, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    columns = -(-len(names) // COLUMN)
+    if columns <= 2:
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": columns}
+        last.legend(lines, names, fontsize="small", **place)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.locator_params("x", integer=True)

@@ -97,6 +97,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def local_path(path: Path) -> Path:
+    """The path as seen from the working directory, if it is below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def every_nth(paths: Sequence[Path], count: int = 16) -> Sequence[Path]:
     """About ``count`` of the paths, evenly spaced, where a sample of the files tells enough."""
     return paths[:: max(1, len(paths) // count)]

@@ -179,21 +179,20 @@ def test_a_cpu_trains_in_bf16_if_it_multiplies_it(feature, expected, monkeypatch
 @pytest.mark.parametrize(
     "flags, drop, warmup",
     [
-        ("--epochs 40", 0, 0),
+        ("--epochs 40 --scheduler onecycle", 0, 0),
         ("--epochs 40 --step_size 20", 20, 6),
-        ("--epochs 900 --step_size 400", 400, 100),
-        ("--epochs 7 --scheduler step", 3, 1),  # a third of the epochs
+        ("--epochs 60", 50, 15),  # one drop, after 5/6 of the epochs
+        ("--epochs 1", 1, 1),
     ],
 )
 def test_the_schedule_is_torchs_one_cycle_or_steps_after_a_warm_up(flags, drop, warmup):
-    """OneCycleLR, unless a flag of StepLR is given."""
     args = parse(f"{flags} --lr 0.1")
 
     def torchs(optimizer):
         if not drop:
             return OneCycleLR(optimizer, 0.1, args.epochs, cycle_momentum=False)
         rise = LinearLR(optimizer, 0.01, total_iters=warmup)
-        return ChainedScheduler([rise, StepLR(optimizer, drop, 0.2)])
+        return ChainedScheduler([rise, StepLR(optimizer, drop, 0.05)])
 
     def rates(build) -> list[float]:
         optimizer = torch.optim.SGD([torch.ones(1)], args.lr)

@@ -13,8 +13,8 @@ MAX_SIDE_HELP = """shrink longer images to it, in training and prediction; 0: ne
 the longest side of the training images"""
 ENCODER_LR_HELP = """learning rate of the encoder, as a share of --lr; if not given, 0.2 with
 --pretrained, else 1"""
-SCHEDULER_HELP = """of the learning rate; step is StepLR; if not given, onecycle, or step where
---step_size or --gamma is given"""
+SCHEDULER_HELP = "of the learning rate: StepLR or OneCycleLR"
+STEP_SIZE_HELP = "epochs between drops; if not given, 5/6 of all, so that the rate drops once"
 
 
 def add_recipe_flags(parser: Parser) -> None:
@@ -33,9 +33,9 @@ def add_recipe_flags(parser: Parser) -> None:
         ("--encoder_lr", share, None, ENCODER_LR_HELP),
         ("--momentum", share, 0.9, "of sgd"),
         ("--weight_decay", positive, 5e-4, "of convolutions"),
-        ("--scheduler", ("step", "onecycle"), None, SCHEDULER_HELP),
-        ("--step_size", count, None, "epochs between drops; if not given, a third of all"),
-        ("--gamma", positive, None, "factor of the drops; if not given, 0.2"),
+        ("--scheduler", ("step", "onecycle"), "step", SCHEDULER_HELP),
+        ("--step_size", count, None, STEP_SIZE_HELP),
+        ("--gamma", positive, 0.05, "factor of the drops"),
         ("--loss", ("ce", "ce+dice"), "ce+dice", "cross-entropy, with or without soft Dice"),
         ("--class_weights", ("none", "log", "mild"), "mild", "of the cross-entropy; see loss.py"),
         ("--ema", share, 0.99, "decay per update of the averaged weights; 0: none"),
@@ -70,16 +70,13 @@ def resolve_recipe(args) -> None:
         )
     args.crop_size = (args.crop_size * 2)[:2]
     args.width = args.width or (64 if is_unet else 16)
-    if not args.lr:
+    if args.lr is None:
         args.lr = 0.1 if args.optimizer == "sgd" else 0.001
         if args.init_from:
             args.lr /= 5  # fine-tuning
     if args.encoder_lr is None:
         args.encoder_lr = 0.2 if args.pretrained else 1.0
-    if not args.scheduler:
-        args.scheduler = "step" if args.step_size or args.gamma else "onecycle"
-    args.step_size = args.step_size or math.ceil(args.epochs / 3)
-    args.gamma = args.gamma or 0.2
+    args.step_size = args.step_size or math.ceil(args.epochs * 5 / 6)
     args.val_every = args.val_every or max(1, args.epochs // 25)
 
 
@@ -108,14 +105,15 @@ def build_optimizer(args, model: nn.Module) -> Optimizer:
 
 
 def build_scheduler(args, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
-    """``step``: StepLR after a linear warm-up, or ``onecycle`` (Smith & Topin 2018).
+    """``step``: StepLR, with a linear warm-up over 30 % of the updates before the first drop.
+    ``onecycle``: OneCycleLR (Smith & Topin 2018).
 
     The rate depends on the number of the update and the flags alone, so that a resumed run of
     another length continues at its place in the schedule of that length.
     """
     total = args.epochs * steps_per_epoch
     drop_every = args.step_size * steps_per_epoch
-    warmup = min(100, max(1, 3 * drop_every // 10))
+    warmup = max(1, 3 * drop_every // 10)
     peak = max(1.0, 0.3 * total - 1)
     last = total - 1
 
