@@ -1,9 +1,8 @@
 """Train a U-Net on CamVid or on your own images.
 
-python train.py --demo                                     no data needed, three minutes on a CPU
-python train.py --data_root data/CamVid --width 16         on a CPU: 34 to 80 minutes on two cores
-python train.py --data_root data/CamVid                    on a GPU
-python train.py --data_root data/CamVid --resume auto      continue a stopped run
+python train.py --demo                                      no data needed, three minutes on a CPU
+python train.py --data_root data/CamVid --width 16          on a CPU; width 64 is for GPUs
+python train.py --data_root data/CamVid --resume auto       continue a stopped run
 """
 
 import sys

@@ -58,7 +58,8 @@ def quality(args) -> Iterator[Row]:
     """The minutes of train.py, start and validation included, on CamVid itself."""
     if DEVICE.type == "cuda" or len(list((args.data_root / "train").glob("*"))) < 300:
         return
-    flags = ("--data_root", args.data_root, "--width", "16", "--checkpoint", args.scratch / "run")
+    recipe = ("--width", "16", "--scheduler", "onecycle")
+    flags = ("--data_root", args.data_root, "--checkpoint", args.scratch / "run", *recipe)
     goals = list(GOALS)
     started = time.perf_counter()
     process = subprocess.Popen(

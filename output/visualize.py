@@ -69,7 +69,7 @@ def legend_image(classes: ClassSet, shown: Sequence[int], row: int, height: int)
         left = column * width + row // 2
         top = line * row + row // 4
         swatch = (left, top + 1, left + row, top + row - 2)
-        draw.rectangle(swatch, fill=classes.colors[i], outline="gray")
+        draw.rectangle(swatch, fill=classes.colors[i], outline="white")
         place = (left + 3 * row // 2, top + row // 2)
         draw.text(place, classes.names[i], "white", font, anchor="lm")
     return box

@@ -87,11 +87,13 @@ def test_an_archive_becomes_the_standard_split(call, tmp_path, address, layout, 
     assert "warning" not in call("datasets.check", "--data_root", root)[1]
 
 
-def test_the_check_warns_of_a_random_split(call, tmp_path):
+@pytest.mark.parametrize("command", ["datasets.check", "train.py --width 4 --epochs 1"])
+def test_a_random_split_is_warned_of(call, tmp_path, command):
     for i, stem in enumerate(STEMS["train"][:30]):
-        make_pair(tmp_path, stem, np.ones((2, 2), int), split="val" if i % 3 == 1 else "train")
+        make_pair(tmp_path, stem, np.array([[1, 2]]), split="val" if i % 3 == 1 else "train")
     flags = ("--data_root", tmp_path, "--data_name", "camvid")
-    assert "10 frames" in call("datasets.check", *flags)[1]
+    status, out, _ = call(*command.split(), *flags)
+    assert status == 0 and "10 frames" in out
     assert standard_split("scene_0001") is standard_split("0001TP") is None
 
 

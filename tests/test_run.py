@@ -141,6 +141,26 @@ def test_runs_are_compared_in_one_table(trained, scenes, tmp_path, call):
     assert metrics[1]["sizes"] == {"96x72": 2}
 
 
+def test_runs_with_other_classes_are_refused_before_any_is_scored(trained, scenes, tmp_path, call):
+    best = load(trained, "best")
+    best["config"]["classes"]["names"][4] = "Street"
+    torch.save(best, tmp_path / "street.pth")
+    runs = (trained / "checkpoint", "street.pth")
+    status, out, err = call("evaluate.py", "--data_root", scenes, *runs)
+    assert status == 2 and out == ""
+    assert "street.pth" in err and err.count("\n") == 1
+
+
+def test_masks_in_other_colours_than_the_checkpoints_are_one_sentence(trained, tmp_path, call):
+    best = trained / "checkpoint" / "unet_best.pth"
+    for stem in "abc":
+        _, mask = make_pair(tmp_path / "data", stem, split="val")
+        save(mask, 255 - np.asarray(opened(mask)))
+    status, _, err = call("evaluate.py", "--data_root", "data", "--checkpoint", best)
+    assert status == 2 and err.count("\n") == 1
+    assert "Road" in err
+
+
 def test_a_run_in_two_parts_equals_a_plain_one_bit_for_bit(trained, tmp_path, train):
     """Also where the second part has a loader process."""
     train("--epochs 1 --deterministic")

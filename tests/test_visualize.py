@@ -41,7 +41,10 @@ def test_a_panel_shows_image_mask_and_prediction_side_by_side():
     large = np.kron(IDS, np.ones((2, 2), int))  # a mask of twice the size
     panel = np.asarray(panel_image([(IMAGE, large, IDS[::-1])], CAMVID))
     expected = np.hstack([IMAGE, PALETTE[IDS], PALETTE[IDS[::-1]]])
-    np.testing.assert_array_equal(panel[:17, : 3 * 33], expected)
+    titles = 12  # pixels in height
+    np.testing.assert_array_equal(panel[titles : titles + 17, : 3 * 33], expected)
+    for left in (0, 33, 66):
+        assert (panel[:titles, left : left + 33] > 0).any()
     assert classes_in(panel[:, 3 * 33 :]) == [*range(1, 12)]
 
 
