@@ -7,6 +7,7 @@ python evaluate.py --data_root data/CamVid runs/a runs/b        compares two run
 """
 
 import json
+import os
 import tomllib
 from argparse import Namespace
 from datetime import datetime
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parent
 
 def main(args) -> None:
     named = [find_checkpoint(path) for path in (args.checkpoint, *args.runs) if path]
-    refuse_other_classes(named)
+    if len(named) > 1:
+        refuse_other_classes(named)
     checkpoints: list = named or [None]
     results = [evaluate(Namespace(**vars(args) | {"checkpoint": path})) for path in checkpoints]
     if len(results) > 1:
@@ -54,7 +56,7 @@ def refuse_other_classes(checkpoints: list[Path]) -> None:
     names = [read_config(path, load_checkpoint(path))["classes"].names for path in checkpoints]
     for path, others in zip(checkpoints, names):
         if others != names[0]:
-            raise UserError(f"{path}: has other classes than {checkpoints[0]}")
+            raise UserError(f"{path}: its classes differ from those of {checkpoints[0]}")
 
 
 def open_run(args) -> tuple[Predictor, dict, DataSpec]:
@@ -114,8 +116,8 @@ def print_shrunk(report: SplitReport, max_side: int) -> None:
     shrunk = sum(count for size, count in sizes if limited_size(size, max_side) != size)
     if shrunk:
         print(
-            f"{shrunk} of them were shrunk to {max_side} pixels on the longer side; "
-            f"--max_side 0 is for large images whose objects have the size of those in training"
+            f"{shrunk} images were shrunk to {max_side} pixels on the longer side; if objects are "
+            f"as large as in training, add --max_side 0"
         )
 
 
@@ -124,7 +126,7 @@ def file_name(args, trained_side: int) -> str:
 
     trained_side: max_side of the training; another one is part of the name.
     """
-    path = local_path(args.checkpoint.resolve()).with_suffix("")
+    path = local_path(Path(os.path.abspath(args.checkpoint))).with_suffix("")  # without ".."
     parts = list(path.relative_to(path.anchor).parts)
     parts += [args.data_root.resolve().name, args.split]
     if args.tta != "none":

@@ -16,8 +16,8 @@ def unet(
     """A network: (N, 3, H, W) float32 RGB, normalised -> (N, num_classes, H, W) logits.
 
     pretrained: the included network for CamVid with its weights, in evaluation mode; the other
-    arguments are not used. model: one of `model.MODEL_NAMES`. `model.normalization` gives the mean
-    and standard deviation of the images.
+    arguments are not used. model: one of MODEL_NAMES in model.py, whose `normalization` gives the
+    mean and standard deviation of the images.
     """
     # By its path: the caller may have another module called model.
     spec = importlib.util.spec_from_file_location("street_scenes_model", ROOT / "model.py")

@@ -128,8 +128,8 @@ def predict_folder(images: list[Path], predictor: Predictor, args) -> int:
         print(f"wrote {report.write(args.report, title, pixels=pixels)}")
     if shrunk:
         print(
-            f"{shrunk} of them were predicted at {predictor.max_side} pixels on the longer side, "
-            f"and their masks enlarged"
+            f"{shrunk} images were predicted at {predictor.max_side} pixels on the longer side; "
+            f"their masks have the full size"
         )
     unreadable = len(names) - written
     if unreadable:

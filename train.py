@@ -1,7 +1,7 @@
 """Train a U-Net on CamVid or on your own images.
 
 python train.py --demo                                      no data needed, three minutes on a CPU
-python train.py --data_root data/CamVid --width 16          on a CPU; width 64 is for GPUs
+python train.py --data_root data/CamVid --width 16          on a CPU; on a GPU, leave --width out
 python train.py --data_root data/CamVid --resume auto       continue a stopped run
 """
 
@@ -140,9 +140,9 @@ def print_recipe(trainer: Trainer) -> None:
     crops = args.batch_size * distributed.world_size()
     limit = f"at most {trainer.data.max_side} pixels" if trainer.data.max_side else "any size"
     print(
-        f"epochs {args.epochs}, each of {trainer.steps_per_epoch} updates; optimizer "
-        f"{args.optimizer}; schedule {args.scheduler}; peak learning rate {args.lr:g}; {crops} "
-        f"crops of {width}×{height} from images of {limit}",
+        f"{args.epochs} × {trainer.steps_per_epoch} updates; optimiser {args.optimizer}, schedule "
+        f"{args.scheduler}, peak learning rate {args.lr:g}; batches of {crops} crops of "
+        f"{width}×{height}; images of {limit}",
         flush=True,
     )
 

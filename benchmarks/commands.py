@@ -69,7 +69,9 @@ def quality(args) -> Iterator[Row]:
         score = float(line.split("mIoU")[1].split()[0]) if "mIoU" in line else 0.0
         while goals and score >= goals[0]:
             minutes = (time.perf_counter() - started) / 60
-            yield Row(f"train.py --width 16, to val mIoU {goals.pop(0):.2f}", minutes, "min")
+            yield Row(
+                f"train.py {' '.join(recipe)}, to val mIoU {goals.pop(0):.2f}", minutes, "min"
+            )
         if not goals:
             process.send_signal(signal.SIGTERM)
     process.wait()

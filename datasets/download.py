@@ -13,6 +13,7 @@ it are too high. Here all get the split of the literature: 367, 101 and 233 fram
 import shutil
 import zipfile
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def download(url: str, archive: Path) -> None:
     """Raises UserError if that fails."""
     try:
         torch.hub.download_url_to_file(url, str(archive))
-    except OSError as error:  # URLError is one
+    except (OSError, HTTPException) as error:  # URLError is an OSError
         raise UserError(
             f"{url}: cannot be downloaded ({error}); try again, or download it in another way, "
             f"and give the file: --from FILE"
@@ -108,7 +109,9 @@ def main(args) -> None:
             try:
                 extract(archive, unpacked)
             except (OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"--from {source}: cannot be unpacked ({error})") from None
+                raise UserError(
+                    f"--from {source}: cannot be unpacked ({error}); download it again"
+                ) from None
         found = sort_frames(find_frames(unpacked), root)
         if found != COUNTS:
             raise UserError(
@@ -117,7 +120,10 @@ def main(args) -> None:
             )
         shutil.rmtree(unpacked)
         (root / "archive.zip").unlink(missing_ok=True)
-    print(f"CamVid is in {args.out}; now: python train.py --data_root {args.out} --max_side 480")
+    print(
+        f"CamVid is in {args.out}; now: python train.py --data_root {args.out} --max_side 480 "
+        f"--width 16 --scheduler onecycle"
+    )
 
 
 if __name__ == "__main__":

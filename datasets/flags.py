@@ -90,7 +90,7 @@ def describe_data(args, trained: dict | None = None) -> DataSpec:
     elif table:
         classes = ClassSet.from_file(table)
     elif trained:
-        classes = trained_classes(trained["classes"], root, sample)
+        classes = trained_classes(trained["classes"], args, sample)
     elif layout.class_set:
         classes = CLASS_SETS[layout.class_set]
     else:
@@ -127,23 +127,24 @@ def warn_of_split(splits: dict[str, Split]) -> None:
     moved = sum(standard_split(image.stem) == "train" for image in images)
     if moved:  # as most are in Kaggle's copy, which is split at random
         print(
-            f"warning: the literature trains on {moved} frames that are not in train here; with "
-            f"their neighbours in train, scores are too high; python -m datasets.download --from "
-            f"ARCHIVE restores the standard split"
+            f"warning: the literature trains on {moved} frames that are not in train here; if "
+            f"neighbouring frames are in train, scores are too high; python -m datasets.download "
+            f"--from ARCHIVE --out DIR sorts them into the standard split"
         )
 
 
-def trained_classes(trained: ClassSet, root: Path, sample: Survey) -> ClassSet:
+def trained_classes(trained: ClassSet, args, sample: Survey) -> ClassSet:
     """The class set of a checkpoint, which has no aliases, with those of a known dataset.
 
     sample: of the masks. Raises UserError if they have other colours.
     """
     known = (classes for classes in CLASS_SETS.values() if replace(classes, aliases=()) == trained)
     classes = next(known, trained)
-    if detect_format(sample, classes) == "rgb" and not fits(sample, classes):
+    is_rgb = args.label_format == "auto" and detect_format(sample, classes) == "rgb"
+    if is_rgb and not fits(sample, classes):
         raise UserError(
-            f"{root}: its masks have other colours than the classes of the checkpoint, "
-            f"{', '.join(trained.names)}; give a --checkpoint that was trained on such masks"
+            f"{args.data_root}: the colours of its masks are not those of the checkpoint's classes "
+            f"({', '.join(trained.names)}); add a class_dict.csv, or name another --checkpoint"
         )
     return classes
 

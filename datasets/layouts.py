@@ -101,8 +101,7 @@ def find_splits(root: Path, val_percent: float = VAL_PERCENT) -> tuple[Layout, d
         if root.is_file():
             raise UserError(f"{root}: is not a folder; unpack it first")
         raise UserError(
-            f"{root}: no such folder; python -m datasets.download --out {root} downloads CamVid "
-            f"into it"
+            f"{root}: no such folder; to download CamVid: python -m datasets.download --out {root}"
         )
     found = match_layout(root)
     if found is None:

@@ -98,7 +98,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def local_path(path: Path) -> Path:
-    """The path as seen from the working directory, if it is below it."""
+    """The path relative to the working directory if it lies below it, else unchanged."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

@@ -28,9 +28,7 @@ from support.command import run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)
 REPO = Path(__file__).resolve().parents[1]
 # A training of seconds.
-SMALL = shlex.split(
-    "--width 4 --crop_size 64 --batch_size 2 --epochs 2 --step_size 1 --device cpu --workers 0"
-)
+SMALL = shlex.split("--width 4 --crop_size 64 --batch_size 2 --epochs 2 --device cpu --workers 0")
 
 # The 12 classes in the order of their ids, then what joins them from the original 32.
 CLASSES = """Unlabelled 0,0,0; Sky 128,128,128; Building 128,0,0; Pole 192,192,128; Road 128,64,128;

@@ -194,6 +194,7 @@ def test_tensorboard_logs_every_epoch_of_a_run_in_two_parts_once(tmp_path, train
         ("--scheduler step", "auto"),
         ("--scheduler onecycle --optimizer adamw", "checkpoint/unet_best.pth"),
         ("--scheduler onecycle", "checkpoint"),
+        ("", "checkpoint"),  # the drop moves too
     ],
 )
 def test_a_finished_run_is_extended_by_its_stored_flags(
@@ -295,7 +296,7 @@ def test_evaluation_scores_the_masks_that_prediction_writes_at_their_own_size(
     metrics = evaluate("--data_root", scenes)
     assert metrics["miou"] == pytest.approx(best["scores"]["miou"], abs=1e-6)
     assert evaluate("--data_root", scenes, "--max_side", 0)["miou"] != metrics["miou"]
-    assert "2 of them were shrunk to 64" in call("evaluate.py", "--data_root", scenes)[1]
+    assert "2 images were shrunk to 64" in call("evaluate.py", "--data_root", scenes)[1]
     out = call("predict.py", "--image_dir", scenes / "val", "--save_dir", "twice")[1]
     assert "more than twice" not in out
     large = opened(min((scenes / "val").iterdir())).resize((192, 144))

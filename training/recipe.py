@@ -76,7 +76,6 @@ def resolve_recipe(args) -> None:
             args.lr /= 5  # fine-tuning
     if args.encoder_lr is None:
         args.encoder_lr = 0.2 if args.pretrained else 1.0
-    args.step_size = args.step_size or math.ceil(args.epochs * 5 / 6)
     args.val_every = args.val_every or max(1, args.epochs // 25)
 
 
@@ -112,8 +111,9 @@ def build_scheduler(args, optimizer: Optimizer, steps_per_epoch: int) -> LambdaL
     another length continues at its place in the schedule of that length.
     """
     total = args.epochs * steps_per_epoch
-    drop_every = args.step_size * steps_per_epoch
-    warmup = max(1, 3 * drop_every // 10)
+    step_size = args.step_size or max(1, args.epochs * 5 // 6)
+    drop_every = step_size * steps_per_epoch
+    warmup = max(1, 3 * min(drop_every, total) // 10)
     peak = max(1.0, 0.3 * total - 1)
     last = total - 1
 

@@ -280,7 +280,7 @@ class Run:
         data = shlex.quote(str(self.args.data_root))
         classes = self.data.classes
         scores = load_checkpoint(path)["scores"]
-        print(f"\ntraining took {self.minutes:.1f} minutes; the best epoch is in {best}:")
+        print(f"\ntraining took {self.minutes:.1f} minutes; best weights: {best}")
         print(score_table(scores, classes.names, classes.ignore_index))
         print(f"\npictures: {self.path('panel.png')}, {self.path('curves.png')}\nnext:")
         print(f"  python predict.py --image_dir IMAGES --checkpoint {best}")
