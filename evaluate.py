@@ -21,7 +21,7 @@ from datasets.flags import add_data_flags, open_data
 from datasets.layouts import split_name
 from datasets.spec import DataSpec, SplitReport
 from datasets.transforms import eval_transform
-from inference.checkpoints import load_checkpoint, newest_best, open_predictor, read_config
+from inference.checkpoints import find_checkpoint, load_checkpoint, open_predictor, read_config
 from inference.predictor import Predictor, add_inference_flags, validate
 from metric import format_score, score_table
 from output.report import Report, plain
@@ -41,14 +41,6 @@ def main(args) -> None:
     results = [evaluate(Namespace(**vars(args) | {"checkpoint": path})) for path in checkpoints]
     if len(results) > 1:
         print(f"\n{comparison(named, results)}")
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint, or the best one in the folder of a run. Raises UserError if there is none."""
-    found = newest_best(path) if path.is_dir() else path
-    if found is None:
-        raise UserError(f"{path}: has no *_best.pth; name a checkpoint or the folder of a run")
-    return found
 
 
 def refuse_other_classes(checkpoints: list[Path]) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.checkpoints import default_checkpoint, load_model, release
+from inference.checkpoints import find_checkpoint, load_model, release
 from inference.predictor import CHECKPOINT_HELP, MAX_SIDE_HELP, fold_batch_norm
 from support.command import Parser, UserError, number, run_command
 from support.files import atomic_path
@@ -157,7 +157,7 @@ def export_onnx(
 def get_args_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help=CHECKPOINT_HELP)
+    add("--checkpoint", type=Path, help=CHECKPOINT_HELP)
     add("--out", type=Path, required=True, help=".onnx or .pth file to write")
     add("--with_preprocessing", action="store_true", help="ONNX: photographs in, class ids out")
     add("--max_side", type=number(int, 0), help=MAX_SIDE_HELP)
@@ -165,7 +165,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args) -> None:
-    checkpoint = args.checkpoint or default_checkpoint()
+    checkpoint = find_checkpoint(args.checkpoint)
     if args.out.resolve() == checkpoint.resolve():
         raise UserError(f"--out {args.out} is the checkpoint itself; name another file")
     if args.out.suffix == ".onnx":

@@ -16,7 +16,7 @@ from datasets.flags import add_data_flags, open_data
 from datasets.spec import DataSpec
 from datasets.synthetic import generate_dataset
 from datasets.transforms import eval_transform, train_transform
-from inference.checkpoints import load_checkpoint, load_model
+from inference.checkpoints import find_checkpoint, load_checkpoint, load_model
 from inference.predictor import validate
 from model import MODEL_NAMES, normalization
 from support.command import Parser, UserError, number, run_command
@@ -75,6 +75,7 @@ def resolve_flags(args) -> tuple:
         checkpoint = load_checkpoint(path)
         args = take_flags_of_run(parser, path, checkpoint)
     elif args.init_from:
+        args.init_from = find_checkpoint(args.init_from)
         checkpoint = load_checkpoint(args.init_from)
         _, config = load_model(args.init_from, checkpoint)  # raises UserError if it is damaged
         for flag in ("model", "width"):
@@ -163,7 +164,12 @@ def get_args_parser() -> Parser:
         ("--demo", bool, False, "train on generated scenes, into checkpoint/demo"),
         ("--checkpoint", Path, Path("checkpoint"), "folder for the run's files"),
         ("--resume", str, None, RESUME_HELP),
-        ("--init_from", Path, None, "start from the weights of this checkpoint"),
+        (
+            "--init_from",
+            Path,
+            None,
+            "start from the weights of this checkpoint, or of the best in a folder",
+        ),
         ("--val_every", number(int, 1), None, "epochs between validations; else a 25th of all"),
         ("--workers", number(int, 0), None, "data loader processes; if not given, as suits"),
         ("--tensorboard", bool, False, "log for TensorBoard too, into --checkpoint"),

@@ -117,8 +117,8 @@ def load_predictor(path: Path, max_side: int | None = None, **options) -> tuple[
 
 
 def open_predictor(args) -> tuple[Predictor, dict]:
-    """`load_predictor` with the flags of `add_inference_flags`; sets args.checkpoint if missing."""
-    args.checkpoint = args.checkpoint or default_checkpoint()
+    """`load_predictor` with the flags of `add_inference_flags`; sets args.checkpoint."""
+    args.checkpoint = find_checkpoint(args.checkpoint)
     device = select_device(args.device)
     return load_predictor(
         args.checkpoint,
@@ -153,14 +153,18 @@ def newest(folder: Path, pattern: str) -> Path | None:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def newest_best(folder: Path) -> Path | None:
-    """The newest ``*_best.pth`` of a folder, if there is one."""
-    return newest(folder, "[!.]*_best.pth")
+def find_checkpoint(path: Path | None) -> Path:
+    """The checkpoint that a flag names: a file, or the newest ``*_best.pth`` of a folder.
 
-
-def default_checkpoint(folder: Path = Path("checkpoint")) -> Path:
-    """The newest ``*_best.pth`` of a folder, else the shipped weights."""
-    return newest_best(folder) or local_path(SHIPPED)
+    None: the newest of checkpoint/, else the included weights. Raises UserError if a folder that
+    is named has none.
+    """
+    if path and not path.is_dir():
+        return path
+    found = newest(path or Path("checkpoint"), "[!.]*_best.pth")
+    if path and not found:
+        raise UserError(f"{path}: has no *_best.pth; name a checkpoint or the folder of a run")
+    return found or local_path(SHIPPED)
 
 
 def release(source: Path, target: Path) -> None:

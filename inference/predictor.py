@@ -24,8 +24,8 @@ from support.images import FULL_RANGE, shrink
 Part = tuple[tuple[slice, slice], Tensor]
 TILE = 960  # pixels a side: whole CamVid frames fit, and a network of width 64 needs about 2 GB
 MAX_PROBABILITIES = 64_000_000  # of a tile; a few copies of it take about 1 GB
-CHECKPOINT_HELP = """trained model; if not given, the newest checkpoint/*_best.pth, else the
-included one"""
+CHECKPOINT_HELP = """trained model, or a folder, of which the newest *_best.pth is taken; if not
+given, that of checkpoint/, else the included model"""
 MAX_SIDE_HELP = """shrink longer images to it before the network, and enlarge the result; 0: never;
 if not given, that of the training"""
 NOT_FINITE = "the network's outputs are NaN or infinite; try --amp off, or a lower --lr in training"

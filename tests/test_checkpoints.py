@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import SMALL, load
 from datasets.classes import CAMVID, ClassSet
 from inference.checkpoints import (
     SHIPPED,
-    default_checkpoint,
+    find_checkpoint,
     load_checkpoint,
     load_model,
     load_predictor,
@@ -161,12 +162,18 @@ def test_fine_tuning_keeps_the_classifiers_rows_of_equal_class_names(name):
             assert torch.equal(tensor, stored[key])
 
 
-def test_the_default_checkpoint_is_the_newest_best_else_the_shipped_one(tmp_path):
-    assert default_checkpoint(tmp_path).resolve() == SHIPPED
+def test_the_default_checkpoint_is_the_newest_best_else_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(None) == SHIPPED
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UserError):
+        find_checkpoint(Path("checkpoint"))
     assert SHIPPED.is_file()
     for time, name in enumerate(
         ("a_best.pth", "c_best.pth", "b_best.pth", "d_last.pth", ".unfinished-e_best.pth")
     ):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time, time))
-    assert default_checkpoint(tmp_path) == tmp_path / "b_best.pth"
+        path = tmp_path / "checkpoint" / name
+        path.touch()
+        os.utime(path, (time, time))
+    assert find_checkpoint(None) == Path("checkpoint/b_best.pth")
+    assert find_checkpoint(tmp_path / "checkpoint") == tmp_path / "checkpoint" / "b_best.pth"
