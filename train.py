@@ -164,12 +164,7 @@ def get_args_parser() -> Parser:
         ("--demo", bool, False, "train on generated scenes, into checkpoint/demo"),
         ("--checkpoint", Path, Path("checkpoint"), "folder for the run's files"),
         ("--resume", str, None, RESUME_HELP),
-        (
-            "--init_from",
-            Path,
-            None,
-            "start from the weights of this checkpoint, or of the best in a folder",
-        ),
+        ("--init_from", Path, None, "start from the weights of a checkpoint, or of a run's folder"),
         ("--val_every", number(int, 1), None, "epochs between validations; else a 25th of all"),
         ("--workers", number(int, 0), None, "data loader processes; if not given, as suits"),
         ("--tensorboard", bool, False, "log for TensorBoard too, into --checkpoint"),
