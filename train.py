@@ -141,9 +141,9 @@ def print_recipe(trainer: Trainer) -> None:
     crops = args.batch_size * distributed.world_size()
     limit = f"at most {trainer.data.max_side} pixels" if trainer.data.max_side else "any size"
     print(
-        f"{args.epochs} × {trainer.steps_per_epoch} updates; optimiser {args.optimizer}, schedule "
-        f"{args.scheduler}, peak learning rate {args.lr:g}; batches of {crops} crops of "
-        f"{width}×{height}; images of {limit}",
+        f"epochs × updates: {args.epochs} × {trainer.steps_per_epoch}; optimiser "
+        f"{args.optimizer}, schedule {args.scheduler}, peak learning rate {args.lr:g}; batches of "
+        f"{crops} crops of {width}×{height}; images of {limit}",
         flush=True,
     )
 
