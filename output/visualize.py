@@ -109,9 +109,9 @@ def panel_image(
     shown: set[int] = set()
     panel = Image.new("RGB", (3 * width, row + len(rows) * height))
     draw = ImageDraw.Draw(panel)
+    font = load_font(0.7 * row)
     for j, title in enumerate(TITLES):
-        place = (j * width + width // 2, row // 2)
-        draw.text(place, title, "white", load_font(0.7 * row), anchor="mm")
+        draw.text((j * width + width // 2, row // 2), title, "white", font, anchor="mm")
     for i, (image, mask, prediction) in enumerate(rows):
         for j, picture in enumerate((image, classes.to_rgb(mask), classes.to_rgb(prediction))):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
