@@ -187,8 +187,8 @@ def lite_encoder(name: str, pretrained: bool) -> Encoder:
     wider, deeper, _ = LITE[name]
     stages: list[list[nn.Module]] = [[*conv_norm(3, 32, 3, stride=2), nn.ReLU6(inplace=True)]]
     channels = [32]  # of the output of each stage
-    for expansion, kernel, stride, width, repeats in LITE_BLOCKS:
-        out_channels = int(width * wider + 4) // 8 * 8
+    for expansion, kernel, stride, base_channels, repeats in LITE_BLOCKS:
+        out_channels = int(base_channels * wider + 4) // 8 * 8
         if stride == 2:
             stages.append([])
             channels.append(channels[-1])

@@ -75,6 +75,8 @@ def resolve_flags(args) -> tuple:
         checkpoint = load_checkpoint(path)
         args = take_flags_of_run(parser, path, checkpoint)
     elif args.init_from:
+        if args.pretrained:
+            raise UserError("--pretrained: --init_from gives the encoder's weights; leave one out")
         args.init_from = find_checkpoint(args.init_from)
         checkpoint = load_checkpoint(args.init_from)
         _, config = load_model(args.init_from, checkpoint)  # raises UserError if it is damaged

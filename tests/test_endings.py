@@ -210,6 +210,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(trained, tmp_
         ("train.py --data_root nowhere", "nowhere"),
         ("train.py DATA --device tpu", "--device tpu"),
         ("train.py DATA --pretrained", "--pretrained"),
+        ("train.py DATA --pretrained --init_from any.pth", "--init_from gives"),
         ("train.py DATA --crop_size 8", "--crop_size 8"),
         ("train.py DATA --resume nowhere.pth", "nowhere.pth"),
         ("train.py DATA --resume moved_best.pth", "moved_last.pth"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from model import LITE, MODEL_NAMES, MissingWeights, UNet, build_model, load_lite
 
@@ -79,14 +80,20 @@ def test_an_unknown_model_or_option_is_an_error():
         build_model("unet", 12, depth=3)
 
 
-def test_resnet_starts_from_torchvisions_weights(monkeypatch):
-    imagenet = torchvision.models.resnet18().state_dict()
+@torch.inference_mode()
+def test_resnet_is_torchvisions_with_its_weights(monkeypatch):
+    network = torchvision.models.resnet18()
+    images = torch.randn(2, 3, 64, 96)
+    network(images)  # so that batch norm has statistics other than 0 and 1
+    imagenet = network.state_dict()
+    network.eval().avgpool = network.fc = nn.Identity()
     download = "torchvision.models._api.load_state_dict_from_url"
     monkeypatch.setattr(download, lambda *args, **kwargs: imagenet)
-    model = build_model("unet_resnet18", 12, width=4, pretrained=True)
-    for i, stage in enumerate(model.encoder, 1):
-        for name, value in stage.state_dict().items():
-            assert torch.equal(value, imagenet[f"layer{i}.{name}"])
+    ours = build_model("unet_resnet18", 12, width=4, pretrained=True).eval()
+    features = ours.pool(ours.stem(images))
+    for stage in ours.encoder:
+        features = stage(features)
+    torch.testing.assert_close(features.flatten(1), network(images))
 
 
 def install_weights(folder: Path, name: str, weights: dict, monkeypatch) -> Path:

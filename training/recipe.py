@@ -10,7 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from support.command import Parser, UserError, number
 
 MAX_SIDE_HELP = """shrink longer images to it, in training and prediction; 0: never; if not given,
-the longest side of the training images"""
+that of --init_from, else the longest side of the training images"""
+LR_HELP = """learning rate; if not given, 0.1 for sgd, 0.001 for adamw, and a fifth of it with
+--init_from"""
 ENCODER_LR_HELP = """learning rate of the encoder, as a share of --lr; if not given, 0.2 with
 --pretrained, else 1"""
 SCHEDULER_HELP = "of the learning rate: StepLR or OneCycleLR"
@@ -29,7 +31,7 @@ def add_recipe_flags(parser: Parser) -> None:
         ("--max_side", number(int, 0), None, MAX_SIDE_HELP),
         ("--jitter", share, 0.4, "strength of colour augmentation; 0 disables it"),
         ("--optimizer", ("sgd", "adamw"), "sgd", "SGD has Nesterov momentum"),
-        ("--lr", positive, None, "learning rate; if not given, 0.1 for sgd, 0.001 for adamw"),
+        ("--lr", positive, None, LR_HELP),
         ("--encoder_lr", share, None, ENCODER_LR_HELP),
         ("--momentum", share, 0.9, "of sgd"),
         ("--weight_decay", positive, 5e-4, "of convolutions"),

@@ -61,8 +61,7 @@ class Trainer:
         self.amp_dtype = select_amp_dtype(args.amp, device)
         self.steps_per_epoch = steps_per_epoch
         torch.manual_seed(args.seed)
-        is_new = not args.resume and not args.init_from
-        options = {"pretrained": True} if args.pretrained and is_new else {}
+        options = {"pretrained": True} if args.pretrained and not args.resume else {}
         try:
             self.model = build_model(args.model, len(data.classes), width=args.width, **options)
         except MissingWeights as error:
@@ -140,7 +139,7 @@ class Trainer:
     def init_from(self, checkpoint: dict) -> str:
         """Start from a checkpoint's weights alone. Returns what `load_weights` did."""
         done = load_weights(self.model, checkpoint, self.data.classes)
-        self.ema = WeightAverage(self.model, self.args.ema)
+        self.ema.module.load_state_dict(self.model.state_dict())
         return done
 
     def state_dict(self) -> dict:
