@@ -86,8 +86,6 @@ def resolve_flags(args) -> tuple:
             setattr(args, flag, config[flag])
         if args.max_side is None:
             args.max_side = config["max_side"]  # objects have the size that its network knows
-        if args.encoder_lr is None:
-            args.encoder_lr = config["train"].get("encoder_lr")
     resolve_recipe(args)
     if args.resume:
         refuse_changes(args, checkpoint)
