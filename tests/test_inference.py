@@ -118,9 +118,9 @@ def test_folded_batch_norms_change_no_logit(name):
     assert not set(norms) & set(model.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masks_in_mixed_precision_are_those_in_float32(frames, dtype):
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_masks_in_mixed_precision_are_those_in_float32(frames, dtype, limit):
     full = load_predictor(SHIPPED)[0]
     mixed = load_predictor(SHIPPED, amp_dtype=dtype)[0]
     for _, image, _ in frames["val"]:
-        assert 0 < (full.predict(image) != mixed.predict(image)).mean() < 0.005
+        assert 0 < (full.predict(image) != mixed.predict(image)).mean() < limit

@@ -260,8 +260,8 @@ def test_fine_tuning_the_shipped_weights_is_one_command(scenes, tmp_path, call):
     flags = "--crop_size 64 --epochs 1 --device cpu --init_from"
     command = ("train.py", "--data_root", data, *flags.split(), SHIPPED)
     assert call(*command)[0] == 0
-    last = load(tmp_path)
-    assert last["config"]["model"] == {"name": "unet", "options": {"width": 16}}
+    last = torch.load(tmp_path / "checkpoint" / "unet_lite0_last.pth")
+    assert last["config"]["model"] == {"name": "unet_lite0", "options": {"width": 16}}
     assert last["config"]["train"]["lr"] == pytest.approx(0.1 / 5)
     assert last["config"]["max_side"] == 480  # as large as objects were in the training
     assert last["state_dict"]["classifier.weight"].shape[0] == 13
